@@ -1,0 +1,500 @@
+"""Train one small character-level GPT twice: with `nn.LayerNorm`, and with fusednorm swapped in.
+
+Both runs start from the same weights and see the same batches of the manual that ships with every
+CPython, so whatever differs between the two loss curves comes from the norms alone.
+
+    python examples/train_gpt.py                                # CPU: a few minutes
+    python examples/train_gpt.py --dtype bf16 --compile \
+        --layers 12 --heads 12 --width 768 --context 512        # a model worth a GPU
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import math
+import platform
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from pydoc_data.topics import topics
+from statistics import fmean, median
+from typing import NoReturn
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, linear, scaled_dot_product_attention
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+import fusednorm
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# A shorter run is a smoke test: its loss is not asked to fall.
+GATED_STEPS = 50
+GATED_FALL = 0.8
+
+
+# The model ---------------------------------------------------------------------------------------
+
+
+class Attention(nn.Module):
+    """Causal multi-head self-attention."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # [batch, time, 3 * width] -> three of [batch, heads, time, width / heads]
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        mixed = scaled_dot_product_attention(q, k, v, is_causal=True)
+        mixed = mixed.transpose(1, 2).flatten(2)
+        return self.out(mixed)  # type: ignore[no-any-return]
+
+
+class Block(nn.Module):
+    """Pre-norm Transformer block: each half reads a normalized copy of the residual stream."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(width)
+        self.attention = Attention(width, heads)
+        self.mlp_norm = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.attention_norm(x))
+        return x + self.mlp(self.mlp_norm(x))  # type: ignore[no-any-return]
+
+
+class GPT(nn.Module):
+    """Characters in, logits of the next character out; the head shares the token embedding."""
+
+    def __init__(self, vocab: int, context: int, layers: int, heads: int, width: int) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(vocab, width)
+        self.positions = nn.Embedding(context, width)
+        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
+        self.norm = nn.LayerNorm(width)
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        time_steps = torch.arange(tokens.shape[1], device=tokens.device)
+        x = self.tokens(tokens) + self.positions(time_steps)
+        for block in self.blocks:
+            x = block(x)
+        return linear(self.norm(x), self.tokens.weight)
+
+
+# The text ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The CPython manual as character indices, the last tenth held out."""
+
+    vocab: str
+    train: Tensor
+    valid: Tensor
+
+    @classmethod
+    def load(cls) -> Corpus:
+        text = "\n\n".join(topics[key] for key in sorted(topics))
+        # Many sections appear under several topics. With one copy of each paragraph the held-out
+        # text holds none that was trained on.
+        text = "\n\n".join(dict.fromkeys(text.split("\n\n")))
+        vocab = "".join(sorted(set(text)))
+        index = {char: i for i, char in enumerate(vocab)}
+        tokens = torch.tensor([index[char] for char in text])
+        split = len(tokens) * 9 // 10
+        return cls(vocab, tokens[:split], tokens[split:])
+
+
+def random_batch(text: Tensor, rows: int, context: int, generator: torch.Generator) -> Tensor:
+    """Random windows of `context + 1` characters: the inputs and, shifted by one, the targets."""
+    starts = torch.randint(len(text) - context, (rows, 1), generator=generator)
+    return text[starts + torch.arange(context + 1)]
+
+
+# Training ----------------------------------------------------------------------------------------
+
+
+@dataclass
+class Run:
+    """One of the two trainings: its model, and what was measured on the way."""
+
+    name: str
+    model: GPT
+    forward: Callable[[Tensor], Tensor]  # the model, compiled where that was asked for
+    optimizer: torch.optim.Optimizer
+    losses: list[float] = field(default_factory=list)
+    step_seconds: list[float] = field(default_factory=list)
+    norm_seconds: float = math.nan
+    valid_before: float = math.nan
+    valid_after: float = math.nan
+
+    @classmethod
+    def start(cls, name: str, model: GPT, args: argparse.Namespace) -> Run:
+        forward = torch.compile(model, fullgraph=True) if args.compile else model
+        optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95))
+        return cls(name, model, forward, optimizer)
+
+
+def autocast(args: argparse.Namespace) -> torch.autocast:
+    """bf16 is mixed precision: parameters, optimizer and residual stream stay float32."""
+    return torch.autocast(args.device.type, DTYPES[args.dtype], enabled=args.dtype != "fp32")
+
+
+def mean_loss(
+    forward: Callable[[Tensor], Tensor], batch: Tensor, args: argparse.Namespace
+) -> Tensor:
+    with autocast(args):
+        logits = forward(batch[:, :-1])
+    return cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
+
+
+def learning_rate(step: int, steps: int, peak: float) -> float:
+    """Linear warm-up over the first twentieth, then half a cosine down to a tenth of the peak."""
+    warmup = max(1, steps // 20)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - warmup)
+    return peak * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
+
+
+def train_step(run: Run, batch: Tensor, args: argparse.Namespace) -> Tensor:
+    loss = mean_loss(run.forward, batch, args)
+    run.optimizer.zero_grad()
+    loss.backward()  # type: ignore[no-untyped-call]
+    nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
+    run.optimizer.step()
+    return loss.detach()
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def train(runs: Sequence[Run], text: Tensor, args: argparse.Namespace) -> None:
+    """Train all runs in lock step, on the same batches."""
+    generator = torch.Generator().manual_seed(args.seed)
+    bar = tqdm(range(args.steps), desc="training", unit="step", dynamic_ncols=True)
+    for step in bar:
+        batch = random_batch(text, args.batch_size, args.context, generator).to(args.device)
+        # Back to back and in alternating order: a machine that slows down for a while, or a batch
+        # that is still in cache, then favours neither run.
+        for run in runs if step % 2 == 0 else reversed(runs):
+            for group in run.optimizer.param_groups:
+                group["lr"] = learning_rate(step, args.steps, args.lr)
+            synchronize(args.device)
+            begin = time.perf_counter()
+            loss = train_step(run, batch, args)
+            synchronize(args.device)
+            run.step_seconds.append(time.perf_counter() - begin)
+            run.losses.append(loss.item())
+        bar.set_postfix({run.name: f"{run.losses[-1]:.3f}" for run in runs}, refresh=False)
+
+
+@torch.no_grad()
+def validation_loss(model: GPT, text: Tensor, args: argparse.Namespace) -> float:
+    """Mean loss over the whole held-out text, cut into windows that do not overlap."""
+    windows = text.unfold(0, args.context + 1, args.context)
+    total = 0.0
+    # About 8192 characters at a time, whatever the batch size of the training.
+    for chunk in torch.split(windows, max(1, 8192 // args.context)):
+        total += mean_loss(model, chunk.to(args.device), args).item() * len(chunk)
+    return total / len(windows)
+
+
+@torch.no_grad()
+def generate(model: GPT, vocab: str, args: argparse.Namespace) -> str:
+    """Sample text, a little sharper than the model's own distribution."""
+    generator = torch.Generator().manual_seed(args.seed)
+    tokens = torch.tensor([[vocab.index("\n")]])
+    for _ in range(args.sample_chars):
+        with autocast(args):
+            logits = model(tokens[:, -args.context :].to(args.device))[:, -1]
+        probabilities = (logits.float().cpu() / 0.8).softmax(-1)
+        tokens = torch.cat([tokens, probabilities.multinomial(1, generator=generator)], dim=1)
+    return "".join(vocab[token] for token in tokens[0, 1:])
+
+
+# What the norms cost -----------------------------------------------------------------------------
+
+
+def norm_replay(run: Run, batch: Tensor, args: argparse.Namespace) -> Callable[[], object]:
+    """A function that runs forward and backward of every norm of one training step, alone.
+
+    Hooks on modules cannot time a backward, and profiler events can only be told to belong to a
+    norm by the names of its operators, which differ from implementation to implementation. What
+    runs here is the norms and nothing else, so all of its time is theirs, whoever implements them.
+    """
+    calls: list[tuple[nn.Module, Tensor]] = []
+
+    def record(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        calls.append((module, inputs[0].detach().clone()))
+
+    norms = [module for module in run.model.modules() if isinstance(module, nn.LayerNorm)]
+    hooks = [norm.register_forward_pre_hook(record) for norm in norms]
+    with torch.no_grad(), autocast(args):
+        run.model(batch[:, :-1])
+    for hook in hooks:
+        hook.remove()
+
+    leaves = [x.requires_grad_() for _, x in calls]
+    leaves += [parameter for norm in norms for parameter in norm.parameters()]
+
+    def forward() -> list[Tensor]:
+        return [norm(x) for norm, x in calls]
+
+    if args.compile:
+        forward = torch.compile(forward)
+    with autocast(args):
+        dys = [torch.randn_like(y) for y in forward()]
+
+    def replay() -> object:
+        with autocast(args):
+            ys = forward()
+        return torch.autograd.grad(ys, leaves, dys)
+
+    return replay
+
+
+def device_seconds(function: Callable[[], object], device: torch.device) -> float:
+    """Time of one call: on a CPU from start to end, on a GPU only what the GPU works on it."""
+    if device.type != "cuda":
+        begin = time.perf_counter()
+        function()
+        return time.perf_counter() - begin
+    # A norm is shorter than its launch, which the other kernels of a training step hide. Here a
+    # long product keeps the GPU busy until all launches are queued.
+    filler = torch.ones(8192, 8192, device=device)
+    torch.mm(filler, filler)
+    begin_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin_event.record()
+    function()
+    end_event.record()
+    torch.cuda.synchronize(device)
+    return begin_event.elapsed_time(end_event) / 1e3
+
+
+def measure_norms(runs: Sequence[Run], batch: Tensor, args: argparse.Namespace) -> None:
+    replays = [norm_replay(run, batch, args) for run in runs]
+    rounds = [[device_seconds(replay, args.device) for replay in replays] for _ in range(25)]
+    for run, seconds in zip(runs, zip(*rounds[5:], strict=True), strict=True):
+        run.norm_seconds = median(seconds)
+
+
+# The report --------------------------------------------------------------------------------------
+
+
+def settled(run: Run) -> float:
+    """Mean loss over the last tenth of the steps."""
+    return fmean(run.losses[-max(1, len(run.losses) // 10) :])
+
+
+def print_curves(baseline: Run, fused: Run, rows: int = 12) -> None:
+    last = len(baseline.losses) - 1
+    print(f"\n{'step':>6}  {baseline.name:>12}  {fused.name:>12}  {'difference':>12}")
+    for step in sorted({round(row * last / (rows - 1)) for row in range(rows)}):
+        a, b = baseline.losses[step], fused.losses[step]
+        print(f"{step + 1:>6}  {a:>12.4f}  {b:>12.4f}  {b - a:>+12.1e}")
+
+
+def print_results(baseline: Run, fused: Run, args: argparse.Namespace) -> None:
+    def line(label: str, cell: Callable[[Run], str]) -> None:
+        print(f"{label:<30}  {cell(baseline):>12}  {cell(fused):>12}")
+
+    print()
+    line("", lambda run: run.name)
+    line("train loss, first step", lambda run: f"{run.losses[0]:.4f}")
+    line("train loss, last step", lambda run: f"{run.losses[-1]:.4f}")
+    line("train loss, mean of last 10%", lambda run: f"{settled(run):.4f}")
+    line("validation loss, before", lambda run: f"{run.valid_before:.4f}")
+    line("validation loss, after", lambda run: f"{run.valid_after:.4f}")
+    line("median step, ms", lambda run: f"{1e3 * median(run.step_seconds):.2f}")
+    tokens = args.batch_size * args.context
+    line("tokens per second", lambda run: f"{tokens / median(run.step_seconds):,.0f}")
+    line("norms in one step, ms", lambda run: f"{1e3 * run.norm_seconds:.2f}")
+    line(
+        "share of step time in norms",
+        lambda run: f"{100 * run.norm_seconds / median(run.step_seconds):.1f}%",
+    )
+    if args.compile:
+        print("(Compiled code may merge a norm with its neighbours: its share is its cost alone.)")
+
+    differences = [abs(a - b) for a, b in zip(baseline.losses, fused.losses, strict=True)]
+    largest = max(differences)
+    print(f"\nlargest difference of the curves: {largest:.2e} ", end="")
+    print(f"(step {differences.index(largest) + 1} of {args.steps})")
+    # Each pair of steps ran back to back, so the pairs see through the drift of the machine.
+    pairs = zip(baseline.step_seconds, fused.step_seconds, strict=True)
+    print(f"speed, {fused.name} / {baseline.name}: {median(a / b for a, b in pairs):.3f}")
+
+
+def plot_curves(baseline: Run, fused: Run, args: argparse.Namespace) -> None:
+    steps = range(1, args.steps + 1)
+    figure = Figure(figsize=(9, 6.5), layout="constrained")
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(2.5, 1))
+    # The curves lie on one another: a wide pale line under a thin dashed one shows both.
+    for run, color, width, style in (
+        (baseline, "#f4a259", 4.0, "-"),
+        (fused, "#1d3557", 1.2, "--"),
+    ):
+        top.plot(steps, run.losses, style, color=color, linewidth=width, label=run.name)
+        ends = (0, args.steps), (run.valid_before, run.valid_after)
+        marker = {"s": 8 * width**2, "marker": "o" if run is baseline else "x"}
+        top.scatter(*ends, color=color, zorder=3, label=f"{run.name}, held-out text", **marker)
+    top.set_ylabel("loss, nats per character")
+    top.set_title(
+        f"Character GPT, {args.layers} layers of width {args.width}: "
+        f"{baseline.name} and {fused.name} ({args.device.type}, {args.dtype})"
+    )
+    top.legend(frameon=False)
+
+    differences = [abs(a - b) for a, b in zip(baseline.losses, fused.losses, strict=True)]
+    bottom.plot(steps, differences, color="#1d3557", linewidth=1.0)
+    # Linear below the resolution of a float32 loss: a difference of zero stays on the axes.
+    bottom.set_yscale("symlog", linthresh=1e-7)
+    bottom.set_ylim(bottom=0)
+    bottom.set_ylabel("|difference|")
+    bottom.set_xlabel("step")
+    for axes in (top, bottom):
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(args.plot, format="png", dpi=130)
+
+
+# The command -------------------------------------------------------------------------------------
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Reports a mistake in one line, without the page of usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def positive_int(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, got {value}")
+    return value
+
+
+def positive_float(text: str) -> float:
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a positive number, got {value}")
+    return value
+
+
+def usable_device(text: str) -> torch.device:
+    try:
+        device = torch.device(text)
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"expected cpu or cuda, got {text!r}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"expected cpu or cuda, got {text!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise argparse.ArgumentTypeError(f"this machine (or this torch) has no GPU for {text!r}")
+    return device
+
+
+def parse_args(argv: Sequence[str] | None, longest_context: int) -> argparse.Namespace:
+    parser = OneLineParser(
+        description=(__doc__ or "").split("\n", 1)[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    add = parser.add_argument
+    add("--device", type=usable_device, default=device, help="cpu, cuda or cuda:N")
+    add("--dtype", choices=DTYPES, default="fp32", help="bf16 trains under autocast")
+    add("--compile", action="store_true", help="train through torch.compile")
+    add("--steps", type=positive_int, default=500, help="optimizer steps of each run")
+    add("--batch-size", type=positive_int, default=16, help="windows of text per step")
+    add("--context", type=positive_int, default=64, help="characters per window")
+    add("--layers", type=positive_int, default=4, help="Transformer blocks")
+    add("--heads", type=positive_int, default=4, help="attention heads")
+    add("--width", type=positive_int, default=128, help="width of the residual stream")
+    add("--lr", type=positive_float, default=3e-3, help="peak learning rate")
+    add("--seed", type=int, default=0, help="of weights, batches and sample")
+    add("--plot", type=Path, default=Path("train_gpt.png"), help="where the curves go (PNG)")
+    add("--sample-chars", type=positive_int, default=400, help="length of the sample")
+    args = parser.parse_args(argv)
+    if args.width % args.heads:
+        parser.error(f"argument --width: {args.width} is not divisible by --heads {args.heads}")
+    if args.context > longest_context:
+        parser.error(f"argument --context: expected at most {longest_context}, got {args.context}")
+    if not args.plot.parent.is_dir() or args.plot.is_dir():
+        parser.error(f"argument --plot: cannot write a file at {args.plot}")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    began = time.perf_counter()
+    corpus = Corpus.load()
+    args = parse_args(argv, longest_context=len(corpus.valid) - 1)
+
+    torch.manual_seed(args.seed)
+    model = GPT(len(corpus.vocab), args.context, args.layers, args.heads, args.width)
+    model.to(args.device)
+    fused_model = copy.deepcopy(model)
+    replaced = fusednorm.replace_norms(fused_model)
+    baseline = Run.start("nn.LayerNorm", model, args)
+    fused = Run.start("fusednorm", fused_model, args)
+    runs = (baseline, fused)
+
+    print(
+        f"text: {len(corpus.train):,} characters to train on, {len(corpus.valid):,} held out, "
+        f"{len(corpus.vocab)} different; the manual of Python {platform.python_version()}"
+    )
+    print(
+        f"model: {sum(p.numel() for p in model.parameters()):,} parameters; "
+        f"{args.device}, {args.dtype}, torch {torch.__version__}"
+    )
+    print(replaced)
+    example = torch.empty(args.batch_size, args.context, args.width, device=args.device)
+    print(fusednorm.backends.explain(example), flush=True)
+
+    for run in runs:
+        run.valid_before = validation_loss(run.model, corpus.valid, args)
+    train(runs, corpus.train, args)
+    for run in runs:
+        run.valid_after = validation_loss(run.model, corpus.valid, args)
+    generator = torch.Generator().manual_seed(args.seed)
+    batch = random_batch(corpus.train, args.batch_size, args.context, generator)
+    measure_norms(runs, batch.to(args.device), args)
+
+    print_curves(baseline, fused)
+    print_results(baseline, fused, args)
+    plot_curves(baseline, fused, args)
+    print(f"curves: {args.plot}")
+    print(f"\nsample of the model with {fused.name}:")
+    print("\n".join("  | " + row for row in generate(fused.model, corpus.vocab, args).split("\n")))
+    print(f"\ntotal: {time.perf_counter() - began:.0f} s")
+
+    for run in runs:
+        # Written so that a loss that became NaN fails, too.
+        if args.steps >= GATED_STEPS and not settled(run) < GATED_FALL * run.losses[0]:
+            print(
+                f"FAILED: the loss of {run.name} went from {run.losses[0]:.4f} to "
+                f"{settled(run):.4f}, not below {GATED_FALL} of where it began",
+                file=sys.stderr,
+            )
+            return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

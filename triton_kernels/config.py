@@ -1,0 +1,191 @@
+"""Launch policy: pure functions from (columns, dtype, architecture) to frozen dataclasses.
+
+Nothing here imports Triton or torch, and nothing but `partial_rows` sees the number of rows: the
+order of every sum inside a row therefore depends on the number of columns and the element size
+alone, which is what makes y and dx batch-invariant, and no change of the batch compiles a kernel.
+
+A row is held as CHUNKS tiles of BLOCK_N columns. A thread loads 16 bytes of each tile, so
+BLOCK_N / (16 / itemsize) threads work on one row and each holds CHUNKS * 16 / itemsize elements.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+VECTOR_BYTES = 16
+"""The widest global access of one thread."""
+
+MIN_THREADS = 128
+"""Threads of a program that holds several short rows: four warps of 32 or two of 64."""
+
+MAX_THREADS = 512
+"""Threads of a program that holds one long row. At 1024 the register file leaves 64 registers to a
+thread, which the backward accumulators alone would fill."""
+
+MIN_BLOCK_BYTES = 32
+"""The smallest tile of a row, one DRAM sector. Rows shorter than a few sectors may leave more than
+a quarter of the lanes idle, but idle lanes of a fetched sector cost no bandwidth."""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What the policy needs to know of a device.
+
+    Attributes:
+        warp_size: Threads of a warp (wavefront).
+        processors: Streaming multiprocessors (compute units).
+        shared_bytes: Shared memory that one program may use, in bytes.
+    """
+
+    warp_size: int
+    processors: int
+    shared_bytes: int
+
+
+@dataclass(frozen=True)
+class RowTile:
+    """How a program holds its rows: `rows` rows of `chunks` tiles of `block_n` columns."""
+
+    block_n: int
+    chunks: int
+    rows: int
+    num_warps: int
+
+
+@dataclass(frozen=True)
+class ForwardConfig:
+    """Forward launch: a resident row is read once, a looped row twice (the second time from L2)."""
+
+    tile: RowTile
+    looped: bool
+
+
+@dataclass(frozen=True)
+class BackwardConfig:
+    """Backward launch.
+
+    Attributes:
+        tile: The row tile of the persistent kernel, or the column block of the split form.
+        form: `resident` reads x and dy once and keeps both; `reload` reads them again from L2
+            after the row sums, so that only the accumulators stay in registers; `split` computes
+            the row sums in a kernel of their own and then works by column blocks.
+        sums: How the split form's first kernel walks a row; None in the other forms.
+        num_stages: Depth of the row pipeline; 1 means that nothing is prefetched.
+        programs_per_processor: Programs that fit on one processor at once.
+    """
+
+    tile: RowTile
+    form: str
+    sums: RowTile | None
+    num_stages: int
+    programs_per_processor: int
+
+
+def next_power_of_two(n: int) -> int:
+    """Return the smallest power of two that is at least `n`."""
+    return 1 << (n - 1).bit_length()
+
+
+def vector_elements(stride: int, itemsize: int) -> int:
+    """Return how many elements of a row may be loaded at once when rows are `stride` apart.
+
+    Args:
+        stride: Distance of two rows, in elements.
+        itemsize: Bytes of one element.
+    """
+    widest = VECTOR_BYTES // itemsize
+    return widest if stride == 0 else min(widest, stride & -stride)
+
+
+def _row_tile(
+    cols: int, itemsize: int, per_thread: int, rows_per_thread: int, warp_size: int
+) -> RowTile:
+    """Tile a row so that a thread holds about `per_thread` elements and under a quarter is idle.
+
+    Args:
+        cols: Columns of the row, N.
+        itemsize: Bytes of one element of x.
+        per_thread: Elements of one row that a thread should hold.
+        rows_per_thread: Rows of which a thread holds a part when one 16-byte access covers its
+            share of a row.
+        warp_size: Threads of a warp.
+    """
+    vector = VECTOR_BYTES // itemsize
+    block = next_power_of_two(cols)
+    if cols > 32 * vector:
+        # Long rows: the fewest threads that hold the row, never fewer than 32, so that short rows
+        # need no reduction across warps and vectors stay 16 bytes wide.
+        block = max(next_power_of_two(-(-cols * vector // per_thread)), 32 * vector)
+    while 4 * (-(-cols // block) * block - cols) >= -(-cols // block) * block and (
+        block * itemsize > MIN_BLOCK_BYTES
+    ):
+        block //= 2
+    block = min(block, MAX_THREADS * vector)
+    chunks = -(-cols // block)
+    threads_per_row = max(1, block // vector)
+    rows = max(1, MIN_THREADS // threads_per_row)
+    if chunks == 1 and threads_per_row < 32:
+        rows *= rows_per_thread
+    threads = max(MIN_THREADS, threads_per_row)
+    return RowTile(block, chunks, rows, max(1, threads // warp_size))
+
+
+def _looped_tile(itemsize: int, warp_size: int) -> RowTile:
+    """Return the tile of a row that is walked in a loop: two 16-byte accesses a thread a step."""
+    return RowTile(MAX_THREADS * 2 * VECTOR_BYTES // itemsize, 1, 1, MAX_THREADS // warp_size)
+
+
+@lru_cache(maxsize=4096)
+def forward_config(cols: int, itemsize: int, arch: Architecture) -> ForwardConfig:
+    """Return the forward launch for rows of `cols` elements of `itemsize` bytes."""
+    if cols <= MAX_THREADS * (64 if itemsize < 8 else 16):
+        # 32 elements a thread: one warp holds a 16-bit row of 1024 columns, so that up to there no
+        # row needs a barrier, and at ~70 registers every processor keeps over 32 KB in flight.
+        # float64 takes two registers an element.
+        per_thread = 32 if itemsize < 8 else 16
+        return ForwardConfig(_row_tile(cols, itemsize, per_thread, 2, arch.warp_size), False)
+    return ForwardConfig(_looped_tile(itemsize, arch.warp_size), True)
+
+
+@lru_cache(maxsize=4096)
+def backward_config(cols: int, itemsize: int, arch: Architecture) -> BackwardConfig:
+    """Return the backward launch for rows of `cols` elements of `itemsize` bytes.
+
+    Each column a thread owns costs two float32 accumulators, and two more registers while x and dy
+    are kept across the row sums: 16 columns a thread take about 100 registers.
+    """
+    per_thread = 16 if itemsize < 8 else 8
+    sums = None
+    if cols <= MAX_THREADS * per_thread:
+        form, tile = "resident", _row_tile(cols, itemsize, per_thread, 2, arch.warp_size)
+    elif cols <= 2 * MAX_THREADS * per_thread:
+        form, tile = "reload", _row_tile(cols, itemsize, 2 * per_thread, 1, arch.warp_size)
+    else:
+        form, sums = "split", _looped_tile(itemsize, arch.warp_size)
+        threads = 2 * MIN_THREADS
+        tile = RowTile(MIN_THREADS * VECTOR_BYTES // itemsize, 1, 4, threads // arch.warp_size)
+    tile_bytes = 2 * tile.rows * tile.chunks * tile.block_n * itemsize  # x and dy
+    # Three stages keep two tiles in flight while one is worked on; a device whose shared memory
+    # does not hold them gets two, or none. The reductions need under 1 KB beside them.
+    num_stages = next((s for s in (3, 2) if (s - 1) * tile_bytes + 1024 <= arch.shared_bytes), 1)
+    by_registers = MAX_THREADS // (tile.num_warps * arch.warp_size)
+    by_shared = arch.shared_bytes // ((num_stages - 1) * tile_bytes + 1024)
+    return BackwardConfig(tile, form, sums, num_stages, max(1, min(by_registers, by_shared)))
+
+
+def partial_rows(
+    rows: int, itemsize: int, column_blocks: int, config: BackwardConfig, arch: Architecture
+) -> int:
+    """Return how many partial rows of dweight and dbias a backward of `rows` rows writes.
+
+    A partial row costs 16 bytes a column (two float32 written, then read), a row of x costs
+    3 * itemsize (x, dy, dx). Partials stay under 3 % of the traffic while one covers at least
+    180 / itemsize rows; a device with idle processors costs more than that, so a small batch
+    still gets a program for each of them.
+    """
+    steps = -(-rows // config.tile.rows)
+    cheap = rows * itemsize // 180
+    least = -(-arch.processors // column_blocks)
+    most = -(-arch.processors * config.programs_per_processor // column_blocks)
+    return max(1, min(steps, most, max(least, cheap)))

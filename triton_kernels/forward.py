@@ -1,0 +1,195 @@
+"""Forward kernel and its launcher: y = (x - mean) * rstd * weight + bias.
+
+`README.md` beside this file derives the statistics and explains the tiling.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from . import launch
+from .config import forward_config, vector_elements
+from .tile import (
+    chunk_columns,
+    load_vector,
+    reciprocal_sqrt,
+    row_offsets,
+    sum_chunks,
+    sum_pair,
+    tile_mask,
+)
+
+
+@triton.jit
+def _store_chunk(
+    centred,
+    rstd,
+    weight_ptr,
+    bias_ptr,
+    y_ptr,
+    rows,
+    cols,
+    mask,
+    N: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
+    """Scale a centred [ROWS, BLOCK_N] chunk and store it as y."""
+    y = centred * rstd[:, None]
+    if weight_ptr is not None:
+        y = y * load_vector(weight_ptr, cols, N, COMPUTE)
+    if bias_ptr is not None:
+        y = y + load_vector(bias_ptr, cols, N, COMPUTE)
+    tl.store(y_ptr + (rows * N)[:, None] + cols[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def layer_norm_fwd_kernel(
+    x_ptr,  # [M, N], rows x_stride apart
+    weight_ptr,  # [N] or None
+    bias_ptr,  # [N] or None
+    y_ptr,  # [M, N], contiguous
+    mean_ptr,  # [M], or None where nothing needs a gradient
+    rstd_ptr,  # [M], or None
+    M: tl.int64,
+    x_stride: tl.int64,
+    eps: tl.float64,
+    N: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    LOOPED: tl.constexpr,
+    X_VECTOR: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    x_rows = x_ptr + row_offsets(rows, x_stride, X_VECTOR)
+
+    if LOOPED:
+        # One Welford accumulator per lane: no reduction across lanes until the row has been read.
+        lane_mean = tl.zeros((ROWS, BLOCK_N), COMPUTE)
+        lane_m2 = tl.zeros((ROWS, BLOCK_N), COMPUTE)
+        lane_count = tl.zeros((ROWS, BLOCK_N), COMPUTE)
+        for i in tl.range(0, tl.cdiv(N, BLOCK_N)):
+            cols = chunk_columns(i, BLOCK_N)
+            mask = tile_mask(rows, M, cols, N, ROWS)
+            x = tl.load(x_rows + cols[None, :], mask=mask, other=0.0).to(COMPUTE)
+            delta = tl.where(mask, x - lane_mean, 0.0)
+            lane_mean += delta / (i + 1)
+            lane_m2 += delta * tl.where(mask, x - lane_mean, 0.0)
+            lane_count += mask.to(COMPUTE)
+        shift = tl.sum(lane_mean * (lane_count / N), axis=1)
+        offset = tl.where(lane_count > 0, lane_mean - shift[:, None], 0.0)
+        between, within = sum_pair(
+            offset * lane_count, offset * offset * lane_count + lane_m2, ROWS, BLOCK_N
+        )
+        correction = between / N
+        var = within / N - correction * correction
+        rstd = reciprocal_sqrt(var + tl.full((ROWS,), eps, COMPUTE), COMPUTE)
+        for i in tl.range(0, tl.cdiv(N, BLOCK_N)):
+            cols = chunk_columns(i, BLOCK_N)
+            mask = tile_mask(rows, M, cols, N, ROWS)
+            x = tl.load(x_rows + cols[None, :], mask=mask, other=0.0).to(COMPUTE)
+            centred = (x - shift[:, None]) - correction[:, None]
+            _store_chunk(
+                centred, rstd, weight_ptr, bias_ptr, y_ptr, rows, cols, mask, N, COMPUTE
+            )
+    else:
+        xs = ()
+        for i in tl.static_range(CHUNKS):
+            cols = chunk_columns(i, BLOCK_N)
+            mask = tile_mask(rows, M, cols, N, ROWS)
+            xs += (tl.load(x_rows + cols[None, :], mask=mask, other=0.0).to(COMPUTE),)
+        shift = sum_chunks(xs) / N
+        centred = ()
+        for i in tl.static_range(CHUNKS):
+            mask = tile_mask(rows, M, chunk_columns(i, BLOCK_N), N, ROWS)
+            centred += (tl.where(mask, xs[i] - shift[:, None], 0.0),)
+        residue = centred[0]
+        squares = centred[0] * centred[0]
+        for i in tl.static_range(1, CHUNKS):
+            residue += centred[i]
+            squares += centred[i] * centred[i]
+        residue_sum, squares_sum = sum_pair(residue, squares, ROWS, BLOCK_N)
+        correction = residue_sum / N
+        var = squares_sum / N - correction * correction
+        rstd = reciprocal_sqrt(var + tl.full((ROWS,), eps, COMPUTE), COMPUTE)
+        for i in tl.static_range(CHUNKS):
+            cols = chunk_columns(i, BLOCK_N)
+            mask = tile_mask(rows, M, cols, N, ROWS)
+            _store_chunk(
+                centred[i] - correction[:, None],
+                rstd,
+                weight_ptr,
+                bias_ptr,
+                y_ptr,
+                rows,
+                cols,
+                mask,
+                N,
+                COMPUTE,
+            )
+
+    if mean_ptr is not None:
+        row_mask = rows < M
+        tl.store(mean_ptr + rows, shift + correction, mask=row_mask)
+        tl.store(rstd_ptr + rows, rstd, mask=row_mask)
+
+
+def layer_norm_fwd(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+    out_dtype: torch.dtype,
+    save_stats: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Run the forward kernel.
+
+    Args:
+        x: [M, N], any strides; copied once where columns are not adjacent.
+        weight: N elements of any float dtype, or None.
+        bias: N elements of any float dtype, or None.
+        eps: Added to the variance.
+        out_dtype: dtype of y.
+        save_stats: Whether mean and rstd are wanted.
+
+    Returns:
+        y of shape [M, N], contiguous; mean and rstd of shape [M] in the compute dtype, or None.
+    """
+    rows, cols = x.shape
+    compute = launch.compute_dtype(x.dtype)
+    y = torch.empty((rows, cols), dtype=out_dtype, device=x.device)
+    mean = rstd = None
+    if save_stats:
+        mean = torch.empty(rows, dtype=compute, device=x.device)
+        rstd = torch.empty_like(mean)
+    if y.numel() == 0:
+        return y, mean, rstd
+    x = launch.unit_columns(x)
+    stride = launch.row_stride(x)
+    config = forward_config(cols, x.element_size(), launch.architecture(x.device))
+    tile = config.tile
+    with launch.device_guard(x.device):
+        layer_norm_fwd_kernel[(triton.cdiv(rows, tile.rows),)](
+            x,
+            launch.vector(weight),
+            launch.vector(bias),
+            y,
+            mean,
+            rstd,
+            rows,
+            stride,
+            eps,
+            N=cols,
+            ROWS=tile.rows,
+            BLOCK_N=tile.block_n,
+            CHUNKS=tile.chunks,
+            LOOPED=config.looped,
+            X_VECTOR=vector_elements(stride, x.element_size()),
+            COMPUTE=launch.TRITON_DTYPE[compute],
+            num_warps=tile.num_warps,
+            enable_fp_fusion=True,
+        )
+    return y, mean, rstd
