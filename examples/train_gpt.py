@@ -138,7 +138,8 @@ class Run:
     optimizer: torch.optim.Optimizer
     losses: list[float] = field(default_factory=list)
     step_seconds: list[float] = field(default_factory=list)
-    norm_seconds: float = math.nan
+    norm_seconds: float = math.nan  # forward and backward of all norms of one step
+    norm_share: float = math.nan
     valid_before: float = math.nan
     valid_after: float = math.nan
 
@@ -185,6 +186,21 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def timed_step(run: Run, batch: Tensor, args: argparse.Namespace) -> tuple[float, float]:
+    """Loss and seconds of one training step."""
+    synchronize(args.device)
+    begin = time.perf_counter()
+    loss = train_step(run, batch, args)
+    synchronize(args.device)
+    seconds = time.perf_counter() - begin
+    return loss.item(), seconds
+
+
+def set_learning_rate(run: Run, rate: float) -> None:
+    for group in run.optimizer.param_groups:
+        group["lr"] = rate
+
+
 def train(runs: Sequence[Run], text: Tensor, args: argparse.Namespace) -> None:
     """Train all runs in lock step, on the same batches."""
     generator = torch.Generator().manual_seed(args.seed)
@@ -194,14 +210,10 @@ def train(runs: Sequence[Run], text: Tensor, args: argparse.Namespace) -> None:
         # Back to back and in alternating order: a machine that slows down for a while, or a batch
         # that is still in cache, then favours neither run.
         for run in runs if step % 2 == 0 else reversed(runs):
-            for group in run.optimizer.param_groups:
-                group["lr"] = learning_rate(step, args.steps, args.lr)
-            synchronize(args.device)
-            begin = time.perf_counter()
-            loss = train_step(run, batch, args)
-            synchronize(args.device)
-            run.step_seconds.append(time.perf_counter() - begin)
-            run.losses.append(loss.item())
+            set_learning_rate(run, learning_rate(step, args.steps, args.lr))
+            loss, seconds = timed_step(run, batch, args)
+            run.losses.append(loss)
+            run.step_seconds.append(seconds)
         bar.set_postfix({run.name: f"{run.losses[-1]:.3f}" for run in runs}, refresh=False)
 
 
@@ -276,23 +288,31 @@ def device_seconds(function: Callable[[], object], device: torch.device) -> floa
         begin = time.perf_counter()
         function()
         return time.perf_counter() - begin
-    # A norm is shorter than its launch, which the other kernels of a training step hide. Here a
-    # long product keeps the GPU busy until all launches are queued.
-    filler = torch.ones(8192, 8192, device=device)
-    torch.mm(filler, filler)
-    begin_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    # A norm is often shorter than its launch, which the other kernels of a training step hide.
+    # Here products of matrices keep the GPU busy until all launches are queued.
+    filler = torch.ones(4096, 4096, device=device)
+    for _ in range(10):
+        torch.mm(filler, filler)
+    begin_event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    end_event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
     begin_event.record()
     function()
     end_event.record()
     torch.cuda.synchronize(device)
-    return begin_event.elapsed_time(end_event) / 1e3
+    return float(begin_event.elapsed_time(end_event)) / 1e3
 
 
 def measure_norms(runs: Sequence[Run], batch: Tensor, args: argparse.Namespace) -> None:
-    replays = [norm_replay(run, batch, args) for run in runs]
-    rounds = [[device_seconds(replay, args.device) for replay in replays] for _ in range(25)]
-    for run, seconds in zip(runs, zip(*rounds[5:], strict=True), strict=True):
-        run.norm_seconds = median(seconds)
+    """Time the norms of a step and, right beside, whole steps: both see the same machine."""
+    for run in runs:
+        replay = norm_replay(run, batch, args)
+        set_learning_rate(run, 0.0)  # the model stays as it was trained
+        pairs = [
+            (device_seconds(replay, args.device), timed_step(run, batch, args)[1])
+            for _ in range(25)
+        ][5:]
+        run.norm_seconds = median(norms for norms, _ in pairs)
+        run.norm_share = median(norms / step for norms, step in pairs)
 
 
 # The report --------------------------------------------------------------------------------------
@@ -301,6 +321,18 @@ def measure_norms(runs: Sequence[Run], batch: Tensor, args: argparse.Namespace) 
 def settled(run: Run) -> float:
     """Mean loss over the last tenth of the steps."""
     return fmean(run.losses[-max(1, len(run.losses) // 10) :])
+
+
+def curve_differences(baseline: Run, fused: Run) -> list[float]:
+    return [abs(a - b) for a, b in zip(baseline.losses, fused.losses, strict=True)]
+
+
+def largest_difference(baseline: Run, fused: Run) -> tuple[float, int]:
+    """The value and the step of it; a NaN in either curve is the largest there is."""
+    differences = curve_differences(baseline, fused)
+    ranks = [math.inf if math.isnan(difference) else difference for difference in differences]
+    step = ranks.index(max(ranks))
+    return differences[step], step
 
 
 def print_curves(baseline: Run, fused: Run, rows: int = 12) -> None:
@@ -326,52 +358,54 @@ def print_results(baseline: Run, fused: Run, args: argparse.Namespace) -> None:
     tokens = args.batch_size * args.context
     line("tokens per second", lambda run: f"{tokens / median(run.step_seconds):,.0f}")
     line("norms in one step, ms", lambda run: f"{1e3 * run.norm_seconds:.2f}")
-    line(
-        "share of step time in norms",
-        lambda run: f"{100 * run.norm_seconds / median(run.step_seconds):.1f}%",
-    )
+    line("share of step time in norms", lambda run: f"{100 * run.norm_share:.1f}%")
     if args.compile:
         print("(Compiled code may merge a norm with its neighbours: its share is its cost alone.)")
 
-    differences = [abs(a - b) for a, b in zip(baseline.losses, fused.losses, strict=True)]
-    largest = max(differences)
-    print(f"\nlargest difference of the curves: {largest:.2e} ", end="")
-    print(f"(step {differences.index(largest) + 1} of {args.steps})")
+    largest, step = largest_difference(baseline, fused)
+    where = f"step {step + 1} of {args.steps}" if largest else "equal bit for bit"
+    print(f"\nlargest difference of the curves: {largest:.2e} ({where})")
     # Each pair of steps ran back to back, so the pairs see through the drift of the machine.
     pairs = zip(baseline.step_seconds, fused.step_seconds, strict=True)
     print(f"speed, {fused.name} / {baseline.name}: {median(a / b for a, b in pairs):.3f}")
+
+
+def running_mean(losses: Sequence[float]) -> list[float]:
+    window = 1 + len(losses) // 50
+    return [fmean(losses[max(0, end - window) : end]) for end in range(1, len(losses) + 1)]
 
 
 def plot_curves(baseline: Run, fused: Run, args: argparse.Namespace) -> None:
     steps = range(1, args.steps + 1)
     figure = Figure(figsize=(9, 6.5), layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(2.5, 1))
+    top.plot(steps, baseline.losses, color="#dddddd", linewidth=0.8, label="single steps")
     # The curves lie on one another: a wide pale line under a thin dashed one shows both.
-    for run, color, width, style in (
-        (baseline, "#f4a259", 4.0, "-"),
-        (fused, "#1d3557", 1.2, "--"),
+    for run, color, width, style, marker in (
+        (baseline, "#f4a259", 5.0, "-", "o"),
+        (fused, "#1d3557", 1.5, "--", "x"),
     ):
-        top.plot(steps, run.losses, style, color=color, linewidth=width, label=run.name)
+        top.plot(steps, running_mean(run.losses), style, c=color, lw=width, label=run.name)
         ends = (0, args.steps), (run.valid_before, run.valid_after)
-        marker = {"s": 8 * width**2, "marker": "o" if run is baseline else "x"}
-        top.scatter(*ends, color=color, zorder=3, label=f"{run.name}, held-out text", **marker)
+        label = f"{run.name}, held-out text"
+        top.plot(*ends, marker, c=color, ms=4 + width, mew=1.5, zorder=3, label=label)
     top.set_ylabel("loss, nats per character")
     top.set_title(
-        f"Character GPT, {args.layers} layers of width {args.width}: "
-        f"{baseline.name} and {fused.name} ({args.device.type}, {args.dtype})"
+        f"Character GPT, {args.layers} layers of width {args.width} ({args.device}, {args.dtype})"
     )
     top.legend(frameon=False)
 
-    differences = [abs(a - b) for a, b in zip(baseline.losses, fused.losses, strict=True)]
-    bottom.plot(steps, differences, color="#1d3557", linewidth=1.0)
+    bottom.plot(steps, curve_differences(baseline, fused), color="#1d3557", linewidth=1.0)
     # Linear below the resolution of a float32 loss: a difference of zero stays on the axes.
     bottom.set_yscale("symlog", linthresh=1e-7)
-    bottom.set_ylim(bottom=0)
-    bottom.set_ylabel("|difference|")
+    largest, _ = largest_difference(baseline, fused)
+    bottom.set_ylim(-3e-8, max(1e-6, 2 * largest) if math.isfinite(largest) else 10.0)
+    bottom.set_ylabel("|difference|" if largest else "|difference|\n(all zero)")
     bottom.set_xlabel("step")
     for axes in (top, bottom):
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
+    figure.align_ylabels()
     figure.savefig(args.plot, format="png", dpi=130)
 
 
@@ -385,18 +419,19 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
-def positive_int(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected at least 1, got {value}")
-    return value
+def at_least(
+    kind: Callable[[str], float], low: float, below: float = math.inf
+) -> Callable[[str], float]:
+    """A type for argparse: numbers in [low, below), so neither nan nor inf."""
 
+    def number(text: str) -> float:
+        value = kind(text)
+        if not low <= value < below:
+            limit = "" if below == math.inf else f" and below {below}"
+            raise argparse.ArgumentTypeError(f"expected at least {low}{limit}, got {text}")
+        return value
 
-def positive_float(text: str) -> float:
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"expected a positive number, got {value}")
-    return value
+    return number
 
 
 def usable_device(text: str) -> torch.device:
@@ -421,16 +456,16 @@ def parse_args(argv: Sequence[str] | None, longest_context: int) -> argparse.Nam
     add("--device", type=usable_device, default=device, help="cpu, cuda or cuda:N")
     add("--dtype", choices=DTYPES, default="fp32", help="bf16 trains under autocast")
     add("--compile", action="store_true", help="train through torch.compile")
-    add("--steps", type=positive_int, default=500, help="optimizer steps of each run")
-    add("--batch-size", type=positive_int, default=16, help="windows of text per step")
-    add("--context", type=positive_int, default=64, help="characters per window")
-    add("--layers", type=positive_int, default=4, help="Transformer blocks")
-    add("--heads", type=positive_int, default=4, help="attention heads")
-    add("--width", type=positive_int, default=128, help="width of the residual stream")
-    add("--lr", type=positive_float, default=3e-3, help="peak learning rate")
-    add("--seed", type=int, default=0, help="of weights, batches and sample")
+    add("--steps", type=at_least(int, 1), default=1000, help="optimizer steps of each run")
+    add("--batch-size", type=at_least(int, 1), default=16, help="windows of text per step")
+    add("--context", type=at_least(int, 1), default=64, help="characters per window")
+    add("--layers", type=at_least(int, 1), default=3, help="Transformer blocks")
+    add("--heads", type=at_least(int, 1), default=4, help="attention heads")
+    add("--width", type=at_least(int, 1), default=128, help="width of the residual stream")
+    add("--lr", type=at_least(float, 0), default=2e-3, help="peak learning rate")
+    add("--seed", type=at_least(int, 0, 2**63), default=0, help="of weights, batches and sample")
     add("--plot", type=Path, default=Path("train_gpt.png"), help="where the curves go (PNG)")
-    add("--sample-chars", type=positive_int, default=400, help="length of the sample")
+    add("--sample-chars", type=at_least(int, 1), default=400, help="length of the sample")
     args = parser.parse_args(argv)
     if args.width % args.heads:
         parser.error(f"argument --width: {args.width} is not divisible by --heads {args.heads}")

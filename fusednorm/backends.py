@@ -88,11 +88,20 @@ def _triton_unfit(device: torch.device) -> str | None:
     return f"the kernels are built for cuda devices, not {device.type}"
 
 
-@cache
+def _serves(backend: str, device: torch.device) -> str | None:
+    """Return why `backend` cannot run on `device`, or None where it can."""
+    return None if backend == "torch" else _triton_unfit(device)
+
+
+# torch.compile calls this while it traces and keeps the answer, as torch.compiler.assume_constant_result
+# arranges; that decorator would import the whole compiler with this package.
+_serves._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def _automatic(device: torch.device) -> Choice:
     if device.type == "cpu":
         return Choice("torch", "cpu tensors run in torch")
-    unfit = _triton_unfit(device)
+    unfit = _serves("triton", device)
     if unfit is None:
         return Choice("triton", f"{device.type} tensors run in the fused kernels")
     return Choice("torch", unfit)
@@ -120,16 +129,23 @@ def explain(tensor: Tensor) -> Choice:
         fail("explain", "a Tensor", type(tensor).__name__, TypeError)
     if _requested is None:
         return _automatic(tensor.device)
-    if _requested == "triton" and (unfit := _triton_unfit(tensor.device)) is not None:
-        fail(_requested_by, "tensors that the triton backend can serve", f"{tensor.device}: {unfit}")
+    unfit = _serves(_requested, tensor.device)
+    if unfit is not None:
+        fail(
+            _requested_by,
+            f"tensors that the {_requested} backend can serve",
+            f"{tensor.device}: {unfit}",
+        )
     return Choice(_requested, f"requested by {_requested_by}")
 
 
 def select(tensor: Tensor) -> str:
     """Return the name of the implementation for `tensor`, with `explain`'s errors."""
-    if _requested is None:
-        return _automatic(tensor.device).backend
-    return explain(tensor).backend
+    if _requested is not None:
+        return explain(tensor).backend
+    if tensor.is_cpu or _serves("triton", tensor.device) is not None:
+        return "torch"
+    return "triton"
 
 
 @contextlib.contextmanager

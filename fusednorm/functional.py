@@ -84,11 +84,9 @@ def _layer_norm_torch(
 
 def _torch_accepts(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
     """Return whether torch's operator takes this mix of dtypes."""
-    dtypes = {parameter.dtype for parameter in (weight, bias) if parameter is not None}
-    if dtypes <= {input.dtype} or _output_dtype(input) != input.dtype:
+    dtype = input.dtype
+    if (weight is None or weight.dtype == dtype) and (bias is None or bias.dtype == dtype):
         return True
-    return (
-        input.device.type == "cpu"
-        and input.dtype in (torch.float16, torch.bfloat16)
-        and dtypes == {torch.float32}
-    )
+    parameters = {parameter.dtype for parameter in (weight, bias) if parameter is not None}
+    half_on_cpu = input.is_cpu and dtype in (torch.float16, torch.bfloat16)
+    return _output_dtype(input) != dtype or (half_on_cpu and parameters == {torch.float32})

@@ -1,14 +1,15 @@
-"""Compile every rung of the launch policy for devices that are not there, and read the machine code.
+"""Compile the rungs of the launch policy for devices that are not here; read the machine code.
 
-The launchers run on meta tensors with a stand-in for Triton's driver, so that every signature,
+The launchers run on meta tensors with a stand-in for Triton's driver, so every signature,
 alignment hint and compile-time constant is the one a launch would use; nothing is launched.
 
-    python tests/codegen.py --arch sm_90 --dtype bfloat16
+    python tests/codegen.py --full --arch sm_90 --dtype bfloat16
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import json
@@ -18,14 +19,14 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
-
 from fusednorm.triton_kernels import backward, forward, launch
 from fusednorm.triton_kernels.config import (
     Architecture,
@@ -33,270 +34,346 @@ from fusednorm.triton_kernels.config import (
     forward_config,
     vector_elements,
 )
+from triton.backends.compiler import GPUTarget
 
-ARCHITECTURES = {
-    "sm_80": (GPUTarget("cuda", 80, 32), Architecture(32, 108, 166912)),
-    "sm_90": (GPUTarget("cuda", 90, 32), Architecture(32, 132, 232448)),
-    "sm_100": (GPUTarget("cuda", 100, 32), Architecture(32, 148, 232448)),
-    "gfx942": (GPUTarget("hip", "gfx942", 64), Architecture(64, 304, 65536)),
-    "gfx950": (GPUTarget("hip", "gfx950", 64), Architecture(64, 256, 163840)),
+TARGETS = {
+    "sm_80": (GPUTarget("cuda", 80, 32), Architecture(32, 108, 166912, 65536)),
+    "sm_90": (GPUTarget("cuda", 90, 32), Architecture(32, 132, 232448, 65536)),
+    "sm_100": (GPUTarget("cuda", 100, 32), Architecture(32, 148, 232448, 65536)),
+    "gfx942": (GPUTarget("hip", "gfx942", 64), Architecture(64, 304, 65536, 0)),
+    "gfx950": (GPUTarget("hip", "gfx950", 64), Architecture(64, 256, 163840, 0)),
 }
 
-DTYPES = {d: getattr(torch, d) for d in ("bfloat16", "float16", "float32", "float64")}
+DTYPES = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+    "float64": torch.float64,
+}
 
-# Powers of two, three times powers of two, and widths that fill no tile or align to no vector.
+KINDS = ("forward", "backward", "backward_dx", "finalize")
+
+# Powers of two, their multiples by 3 and 5, and widths that fill no tile or align to no vector.
 COLS = (
     *(1, 3, 17, 64, 96, 128, 256, 257, 384, 512, 768, 769, 1000, 1024, 1025, 1280, 1536, 2048),
     *(2560, 3000, 3072, 4096, 5120, 6144, 7168, 7680, 8192, 8193, 10240, 12288, 14336, 16384),
     *(20480, 24576, 32768, 40000, 65536, 131072),
 )
 
-ROWS = 10007  # not divisible by anything that Triton specializes on
+ROWS = 10007
+"""Rows of every launch: prime, so that nothing derived from it is divisible by chance."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """One launcher call; `num_warps` overrides the policy."""
+    """One call of a launcher; `planted` names a fault of `PLANTED` that the report has to show."""
 
     arch: str
     kind: str
     dtype: str
-    cols: int
     parameters: str
-    num_warps: int | None = None
+    cols: int
+    rows: int = ROWS
+    padding: int = 0
+    planted: str = ""
+
+
+PLANTED: dict[str, dict[str, int]] = {
+    "one warp": {"num_warps": 1},  # too few registers for a row of 4096
+    "one stage": {"NUM_STAGES": 1},
+    "odd stride": {},
+}
+
+SELECTION = (1024, 4096, 8192, 16384, 131072)
+"""Columns that stand for all where the suite has no time for all."""
+
+
+def rungs(arch: str, kind: str, itemsize: int, exact: bool) -> list[int]:
+    """Return one N, the largest of `COLS`, for every distinct kernel that the policy asks for.
+
+    Args:
+        arch: A key of `TARGETS`.
+        kind: One of `KINDS`.
+        itemsize: Bytes of one element of x.
+        exact: Whether two N with the same tile still differ when only one of them fills it (which
+            removes every mask) or when their rows allow different vectors.
+    """
+    if kind == "finalize":
+        return [769, 8192] if exact else [8192]
+    distinct: dict[object, int] = {}
+    for cols in COLS:
+        config: Any
+        if kind == "forward":
+            config = forward_config(cols, itemsize, TARGETS[arch][1])
+        else:
+            config = backward_config(cols, itemsize, TARGETS[arch][1])
+            config = dataclasses.replace(config, programs_per_processor=0)  # not compiled in
+        full = cols % (config.tile.block_n * config.tile.chunks) == 0
+        width = vector_elements(cols, itemsize)
+        distinct[(config, full, width) if exact else config] = cols
+    return list(distinct.values())
+
+
+def jobs(full: bool) -> Iterator[Job]:
+    """Yield every rung for every target, or a selection that the test suite has time for."""
+    for arch in TARGETS:
+        for dtype in ("bfloat16", "float32", "float64"):
+            for kind in KINDS:
+                every = full or (arch == "sm_90" and dtype != "float64" and kind != "backward_dx")
+                some = arch == "sm_90" or kind != "backward_dx"
+                for cols in rungs(arch, kind, DTYPES[dtype].itemsize, exact=full):
+                    if every or (some and cols in SELECTION):
+                        yield Job(arch, kind, dtype, dtype, cols)
+        if full or arch == "sm_90":
+            for cols in (1024, 4096, 8192):
+                for kind in ("forward", "backward"):
+                    yield Job(arch, kind, "bfloat16", "float32", cols)
+                    yield Job(arch, kind, "float16", "float16", cols)
+    for rows in (1, 3, 10000):
+        for kind in ("forward", "backward", "finalize"):
+            yield Job("sm_90", kind, "bfloat16", "bfloat16", 4096, rows)
+    for kind in ("forward", "backward"):
+        yield Job("sm_90", kind, "bfloat16", "bfloat16", 4096, padding=8)
+    for kind in ("forward", "backward"):
+        yield Job("sm_90", kind, "bfloat16", "bfloat16", 4096, padding=1, planted="odd stride")
+    yield Job("sm_90", "backward", "bfloat16", "bfloat16", 4096, planted="one stage")
+    for arch in ("sm_90", "gfx942"):
+        yield Job(arch, "backward", "bfloat16", "bfloat16", 4096, planted="one warp")
 
 
 class _Driver:
-    """As much of a Triton driver as compiling needs; device i is the i-th architecture."""
+    """As much of a Triton driver as compiling asks for; each target is a device of its own."""
 
     def __init__(self, arch: str) -> None:
-        self.target = ARCHITECTURES[arch][0]
-        self.device = list(ARCHITECTURES).index(arch)
+        self._arch = arch
 
     def get_current_target(self) -> GPUTarget:
-        return self.target
+        return TARGETS[self._arch][0]
 
     def get_current_device(self) -> int:
-        return self.device
+        return list(TARGETS).index(self._arch)
 
     def get_current_stream(self, device: int) -> int:
         return 0
 
 
-def rungs(arch: str, kind: str, itemsize: int) -> list[int]:
-    """Return one N for every distinct kernel that the policy can ask for.
-
-    Two N share a kernel up to constants when they share the tile, both fill it or both do not, and
-    their rows allow the same vector; the largest of them stands for all.
-    """
-    distinct: dict[object, int] = {}
-    for cols in COLS:
-        policy: Any = forward_config if kind == "forward" else backward_config
-        config = policy(cols, itemsize, ARCHITECTURES[arch][1])
-        if kind != "forward":
-            config = dataclasses.replace(config, programs_per_processor=0)
-        full = cols % (config.tile.block_n * config.tile.chunks) == 0
-        distinct[config, full, vector_elements(cols, itemsize)] = cols
-    return list(distinct.values())
-
-
-def jobs(arch: str, kinds: Iterable[str], dtypes: Iterable[str]) -> Iterator[Job]:
-    """Yield a job for every rung."""
-    for dtype in dtypes:
-        for kind in kinds:
-            for cols in rungs(arch, kind, DTYPES[dtype].itemsize):
-                yield Job(arch, kind, dtype, cols, dtype)
-
-
-def _launch(job: Job) -> list[Any]:
-    """Run a launcher as on a device of the job's architecture; return the compiled kernels."""
-    triton.runtime.driver.set_active(_Driver(job.arch))
-    launch.architecture = lambda device: ARCHITECTURES[job.arch][1]  # type: ignore[assignment]
-    launch.device_guard = lambda device: torch.device("meta")
+def compile_job(job: Job) -> list[Any]:
+    """Call a launcher as on a device of the job's target; return what Triton compiled."""
     compiled: list[Any] = []
 
     def compile_only(kernel: Any, *args: object, warmup: bool, **kwargs: object) -> None:
-        if job.num_warps is not None:
-            kwargs["num_warps"] = job.num_warps
-        compiled.append(type(kernel).run(kernel, *args, warmup=True, **kwargs))
+        if ("finalize" in kernel.fn.__name__) == (job.kind == "finalize"):
+            kwargs.update(PLANTED.get(job.planted, {}))
+            compiled.append(type(kernel).run(kernel, *args, warmup=True, **kwargs))
 
-    for kernel in (
-        forward.layer_norm_fwd_kernel,
-        backward.layer_norm_bwd_kernel,
-        backward.layer_norm_bwd_sums_kernel,
-        backward.layer_norm_bwd_finalize_kernel,
+    triton.runtime.driver.set_active(_Driver(job.arch))
+    for module in (forward, backward):
+        for name, kernel in vars(module).items():
+            if isinstance(kernel, triton.JITFunction) and name.endswith("_kernel"):
+                kernel.run = functools.partial(compile_only, kernel)
+
+    dtype = DTYPES[job.dtype]
+    x = torch.empty(job.rows, job.cols + job.padding, dtype=dtype, device="meta")
+    x = x[:, : job.cols]
+    weight = torch.empty(job.cols, dtype=DTYPES[job.parameters], device="meta")
+    with mock.patch.multiple(
+        launch,
+        architecture=lambda device: TARGETS[job.arch][1],
+        device_guard=lambda device: contextlib.nullcontext(),
     ):
-        kernel.run = functools.partial(compile_only, kernel)
-
-    dtype, parameters = DTYPES[job.dtype], DTYPES[job.parameters]
-    x = torch.empty(ROWS, job.cols, dtype=dtype, device="meta")
-    weight = torch.empty(job.cols, dtype=parameters, device="meta")
-    if job.kind == "forward":
-        forward.layer_norm_fwd(x, weight, weight, 1e-5, dtype, save_stats=True)
-    else:
-        stats = torch.empty(ROWS, dtype=launch.compute_dtype(dtype), device="meta")
-        wanted = (True, True, True) if job.kind == "backward" else (True, False, False)
-        backward.layer_norm_bwd(x, x, stats, stats, weight, weight, wanted)
+        if job.kind == "forward":
+            forward.layer_norm_fwd(x, weight, weight, 1e-5, dtype, save_stats=True)
+        else:
+            stats = torch.empty(job.rows, dtype=launch.compute_dtype(dtype), device="meta")
+            wanted = (True, False, False) if job.kind == "backward_dx" else (True, True, True)
+            backward.layer_norm_bwd(x, x, stats, stats, weight, weight, wanted)
     return compiled
 
 
-_PTX_WIDTH = re.compile(r"(?:\.v(\d))?\.[a-z]+(\d+)\b")
+_GLOBAL = re.compile(r"(ld|st)\.global(?:\.\w+)*?(?:\.v(\d))?\.[busf](\d+) ")
+_ASYNC = re.compile(r"cp\.async\.c[ag]\.shared\.global(?:\.[\w:]+)* .*?\], *\[[^]]*\], *(\w+)")
 
 
-def ptx_accesses(ptx: str, arguments: list[str]) -> dict[str, dict[str, dict[str, int]]]:
-    """Count the global accesses in PTX by kernel argument, kind and bytes.
+def ptx_accesses(ptx: str, arguments: list[str]) -> dict[str, dict[str, dict[int, int]]]:
+    """Count the global accesses in PTX by kernel argument, kind (ld, st, async) and bytes.
 
-    An address belongs to the arguments that any of its 64-bit operands derive from.
+    An access belongs to the pointer arguments from which its address is computed.
     """
     origins: dict[str, set[str]] = {}
-    moves = []
-    accesses = []
+    flow: list[list[str]] = []
+    accesses: list[tuple[str, str, int]] = []
     for line in ptx.splitlines():
-        statement = re.sub(r"^\s*(@!?%\w+\s+)?", "", line).rstrip(" ;")
-        operation, _, operands = statement.partition(" ")
-        if operation.startswith("ld.param"):
-            register, index = re.search(r"(%\w+), \[\w+_param_(\d+)\]", operands).groups()  # type: ignore[union-attr]
-            if int(index) < len(arguments) and arguments[int(index)].endswith("_ptr"):
-                origins.setdefault(register, set()).add(arguments[int(index)])
-        elif operation.startswith(("ld.global", "st.global", "cp.async.ca", "cp.async.cg")):
-            address = re.findall(r"\[\s*(%\w+)", operands)[-1]
-            if operation.startswith("cp.async"):
-                kind, width = "async", int(operands.split(",")[2].strip(), 0)
-            else:
-                vector, bits = re.search(r"(?:\.v(\d))?\.[bsuf](\d+)$", operation).groups()  # type: ignore[union-attr]
-                kind, width = operation[:2], int(vector or 1) * int(bits) // 8
-            accesses.append((address, kind, width))
-        elif registers := re.findall(r"%rd\d+", operands):
-            moves.append(registers)
-    changed = True
-    while changed:
-        changed = False
-        for target, *sources in moves:
-            for source in sources:
-                new = origins.get(source, set()) - origins.get(target, set())
-                if new:
-                    origins.setdefault(target, set()).update(new)
-                    changed = True
-    found: dict[str, dict[str, dict[str, int]]] = {}
+        if parameter := re.search(r"ld\.param\.\w+\s+(%\w+), \[\w+_param_(\d+)\]", line):
+            index = int(parameter[2])
+            if index < len(arguments) and arguments[index].endswith("_ptr"):
+                origins[parameter[1]] = {arguments[index]}
+        elif found := _GLOBAL.search(line):
+            width = int(found[2] or 1) * int(found[3]) // 8
+            accesses.append((re.findall(r"\[ *(%\w+)", line)[0], found[1], width))
+        elif found := _ASYNC.search(line):
+            accesses.append((re.findall(r"\[ *(%\w+)", line)[1], "async", int(found[1], 0)))
+        else:
+            flow.append(re.findall(r"%rd\d+", line))
+    reached = -1
+    while reached != (reached := sum(map(len, origins.values()))):
+        for registers in flow:
+            for source in registers[1:]:
+                if source in origins:
+                    origins.setdefault(registers[0], set()).update(origins[source])
+    counts: dict[str, dict[str, dict[int, int]]] = {}
     for address, kind, width in accesses:
-        name = "+".join(sorted(origins.get(address, {"?"})))
-        counts = found.setdefault(name, {}).setdefault(kind, {})
-        counts[str(width)] = counts.get(str(width), 0) + 1
-    return found
+        for name in sorted(origins.get(address, {"unknown"})):
+            widths = counts.setdefault(name.removesuffix("_ptr"), {}).setdefault(kind, {})
+            widths[width] = widths.get(width, 0) + 1
+    return counts
 
 
-def _tool(name: str, *args: str) -> str:
-    path = getattr(triton.knobs.nvidia, name).path
-    return subprocess.run([path, *args], check=True, capture_output=True, text=True).stdout
+def loop_barriers(ptx: str) -> int:
+    """Count the barriers inside loops: those that a program pays for once per row or chunk."""
+    lines = ptx.splitlines()
+    labels = {line.split(":")[0]: i for i, line in enumerate(lines) if line.startswith("$")}
+    looped: set[int] = set()
+    for i, line in enumerate(lines):
+        if jump := re.search(r"\bbra(?:\.uni)?\s+(\$\w+)", line):
+            looped.update(range(labels[jump[1]], i))
+    return sum(bool(re.search(r"\bbar(rier\.cta)?\.sync", lines[i])) for i in looped)
 
 
-def _nvidia(kernel: Any, arguments: list[str]) -> dict[str, Any]:
+def sass_widths(sass: str) -> dict[str, dict[int, int]]:
+    """Count the memory instructions of SASS by opcode and bytes per thread."""
+    counts: dict[str, dict[int, int]] = {}
+    for opcode, modifiers in re.findall(
+        r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+ )?(LDG|STG|LDGSTS|LDS|STS|LDL|STL|BAR)\b((?:\.\w+)*)",
+        sass,
+        re.MULTILINE,
+    ):
+        bits = re.findall(r"\.[SU]?(8|16|32|64|128|256)(?=\.|$)", modifiers)
+        widths = counts.setdefault(opcode, {})
+        width = int(bits[-1]) // 8 if bits else 4
+        widths[width] = widths.get(width, 0) + 1
+    return counts
+
+
+def _inspect_nvidia(kernel: Any, arguments: list[str]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "kernel.cubin")
         with open(path, "wb") as file:
             file.write(kernel.asm["cubin"])
-        usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", _tool("cuobjdump", "-res-usage", path)))
-        sass = _tool("cuobjdump", "-sass", path)
-    opcodes = Counter(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+ )?([A-Z][\w.]*)", sass, re.M))
-
-    def widths(name: str) -> dict[str, int]:
-        found: Counter[str] = Counter()
-        for opcode, count in opcodes.items():
-            first, *rest = opcode.split(".")
-            if first == name:
-                bits = [r for r in rest if re.fullmatch(r"[SU]?\d+", r)]
-                found[str(int(bits[-1].lstrip("SU")) // 8) if bits else "4"] += count
-        return dict(found)
-
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", "-sass", path]
+        dump = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    usage = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", dump))
+    machine = sass_widths(dump)
+    ptx = kernel.asm["ptx"]
     return {
         "registers": int(usage["REG"]),
-        "stack": int(usage["STACK"]),
-        "local": int(usage["LOCAL"]),
-        "spills": sum(c for o, c in opcodes.items() if o.split(".")[0] in ("STL", "LDL")),
-        "barriers": sum(c for o, c in opcodes.items() if o.startswith("BAR")),
-        "accesses": ptx_accesses(kernel.asm["ptx"], arguments),
-        "sass": {name: widths(name) for name in ("LDG", "STG", "LDGSTS", "LDS", "STS")},
+        "stack": int(usage["STACK"]) + int(usage["LOCAL"]),
+        "spills": sum(sum(machine.get(opcode, {}).values()) for opcode in ("LDL", "STL")),
+        "barriers": sum(machine.get("BAR", {}).values()),
+        "loop_barriers": loop_barriers(ptx),
+        "accesses": ptx_accesses(ptx, arguments),
+        "machine": machine,
     }
 
 
-def _amd(kernel: Any) -> dict[str, Any]:
+def _inspect_amd(kernel: Any) -> dict[str, Any]:
     text = kernel.asm["amdgcn"]
 
-    def value(name: str) -> int:
-        return int(re.search(rf"^\s*\.{name}:\s+(\d+)", text, re.M).group(1))  # type: ignore[union-attr]
+    def metadata(name: str) -> int:
+        return int(re.findall(rf"^\s*\.{name}:\s+(\d+)", text, re.MULTILINE)[0])
 
-    widths = Counter(re.findall(r"\b((?:global|buffer)_(?:load|store)_\w+)", text))
     return {
-        "registers": value("vgpr_count"),
-        "accumulation_registers": value("agpr_count"),
-        "stack": value("private_segment_fixed_size"),
-        "local": 0,
-        "spills": value("vgpr_spill_count") + value("sgpr_spill_count"),
+        "registers": metadata("vgpr_count"),
+        "stack": metadata("private_segment_fixed_size"),
+        "spills": metadata("vgpr_spill_count") + metadata("sgpr_spill_count"),
         "barriers": len(re.findall(r"\bs_barrier\b", text)),
+        "loop_barriers": 0,
         "accesses": {},
-        "sass": dict(widths),
+        "machine": dict(Counter(re.findall(r"\b(?:global|buffer)_(?:load|store)_\w+", text))),
     }
 
 
 def inspect(job: Job) -> list[dict[str, Any]]:
-    """Compile what a job launches and return one entry per kernel."""
+    """Compile what a job launches and describe each kernel."""
+    start = time.perf_counter()
     entries = []
-    for kernel in _launch(job):
-        signature = kernel.src.signature
-        constants = {kernel.src.fn.arg_names[i[0]]: v for i, v in kernel.src.constants.items()}
-        arguments = [name for name, kind in signature.items() if kind != "constexpr"]
-        nvidia = job.arch.startswith("sm_")
+    itemsize = DTYPES[job.dtype].itemsize
+    for kernel in compile_job(job):
+        names = kernel.src.fn.arg_names
+        constants = {names[path[0]]: value for path, value in kernel.src.constants.items()}
+        arguments = [name for name, kind in kernel.src.signature.items() if kind != "constexpr"]
+        nvidia = kernel.metadata.target.backend == "cuda"
+        details = _inspect_nvidia(kernel, arguments) if nvidia else _inspect_amd(kernel)
         entries.append(
             {
                 **dataclasses.asdict(job),
                 "kernel": kernel.metadata.name,
-                "warps": kernel.metadata.num_warps,
+                "hash": kernel.hash,
+                "num_warps": kernel.metadata.num_warps,
                 "shared": kernel.metadata.shared,
+                "shared_limit": TARGETS[job.arch][1].shared_bytes,
+                "vector_bytes": vector_elements(job.cols, itemsize) * itemsize,
                 "constants": {
-                    k: v if isinstance(v, (int, str)) else str(v)
-                    for k, v in constants.items()
-                    if v is not None
+                    name: value if isinstance(value, int | str) else str(value)
+                    for name, value in constants.items()
                 },
-                **(_nvidia(kernel, arguments) if nvidia else _amd(kernel)),
+                **details,
+                "seconds": time.perf_counter() - start,
             }
         )
     return entries
 
 
-def compile_all(work: Iterable[Job], processes: int = 2) -> list[dict[str, Any]]:
-    """Inspect jobs in parallel; entries come in the order of the jobs."""
+def inspect_all(work: list[Job], processes: int = 2) -> list[dict[str, Any]]:
+    """Inspect jobs in parallel; the entries come in the order of the jobs."""
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
-        return [entry for entries in pool.imap(inspect, list(work)) for entry in entries]
+        return [entry for entries in pool.imap(inspect, work) for entry in entries]
 
 
-def row(e: dict[str, Any]) -> str:
-    """Format an entry as a line of the report."""
-    c = e["constants"]
+def describe(entry: dict[str, Any]) -> str:
+    """Return the name of an entry's rung, for reports."""
+    c = entry["constants"]
     tile = f"{c.get('ROWS', 1)}x{c.get('CHUNKS', 1)}x{c.get('BLOCK_N', c.get('COLS'))}"
     form = c.get("FORM") or ("looped" if c.get("LOOPED") else "")
-    used = " ".join(
-        f"{name.replace('_ptr', '')}:" + ",".join(
-            f"{kind}{width}*{n}" for kind, ws in kinds.items() for width, n in ws.items()
-        )
-        for name, kinds in e["accesses"].items()
-    )
-    kernel = e["kernel"].replace("layer_norm_", "").replace("_kernel", "")
-    bad = "SPILL" if e["spills"] or e["stack"] or e["local"] else ""
+    stages = f"stages={c['NUM_STAGES']}" if "NUM_STAGES" in c else ""
+    dtype = entry["dtype"]
+    if entry["parameters"] != dtype:
+        dtype += "/" + entry["parameters"]
+    name = entry["kernel"].removeprefix("layer_norm_").removesuffix("_kernel")
+    name += " dx only" if entry["kind"] == "backward_dx" else ""
+    name += f" ({entry['planted']})" if entry["planted"] else ""
     return (
-        f"{e['arch']:6} {e['dtype']:8} {e['parameters']:8} {kernel:12} {e['kind']:11} {e['cols']:6} "
-        f"{tile:12} {form:8} w{e['warps']:<2} st{c.get('NUM_STAGES', '-')} "
-        f"reg{e['registers']:<3} stack{e['stack']:<4} spill{e['spills']:<4} {bad:5} "
-        f"smem{e['shared']:<6} bar{e['barriers']:<3} {used} | "
-        + (" ".join(f"{k}{v}" for k, v in e["sass"].items() if v) )
+        f"{entry['arch']:6} {name:16} {dtype:16} N={entry['cols']:<6} {tile:11} {form:8} "
+        f"warps={entry['num_warps']:<2} {stages:8}"
+    )
+
+
+def row(entry: dict[str, Any]) -> str:
+    """Return an entry as a line of the report."""
+    accesses = " ".join(
+        f"{name}:{kind}{width}x{count}"
+        for name, kinds in entry["accesses"].items()
+        for kind, widths in kinds.items()
+        for width, count in widths.items()
+    )
+    flag = "SPILL" if entry["spills"] or entry["stack"] else ""
+    flag += " SHARED" if entry["shared"] > entry["shared_limit"] else ""
+    return (
+        f"{describe(entry)} reg={entry['registers']:<3} stack={entry['stack']:<3} "
+        f"spills={entry['spills']:<3} shared={entry['shared']:<6} "
+        f"bar={entry['barriers']:<2} in loop={entry['loop_barriers']:<2} {flag:12} "
+        f"{accesses or entry['machine']}"
     )
 
 
 def main() -> None:
-    """Print the report of one or more architectures."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
-    parser.add_argument("--arch", action="append", choices=ARCHITECTURES)
+    """Print the report."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--full", action="store_true", help="every rung, not the suite's selection"
+    )
+    parser.add_argument("--arch", action="append", choices=TARGETS)
+    parser.add_argument("--kind", action="append", choices=KINDS)
     parser.add_argument("--dtype", action="append", choices=DTYPES)
-    parser.add_argument("--kind", action="append", choices=["forward", "backward", "backward_dx"])
     parser.add_argument("--cols", action="append", type=int)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
@@ -304,19 +381,19 @@ def main() -> None:
         sys.exit("unset TRITON_INTERPRET: interpreted kernels have no machine code")
     work = [
         job
-        for arch in args.arch or ["sm_90"]
-        for job in jobs(
-            arch, args.kind or ["forward", "backward"], args.dtype or ["bfloat16", "float32", "float64"]
-        )
-        if not args.cols or job.cols in args.cols
+        for job in jobs(args.full)
+        if (not args.arch or job.arch in args.arch)
+        and (not args.kind or job.kind in args.kind)
+        and (not args.dtype or job.dtype in args.dtype)
+        and (not args.cols or job.cols in args.cols)
     ]
-    entries = compile_all(work)
+    entries = inspect_all(work)
     if args.json:
         json.dump(entries, sys.stdout)
-    else:
-        print(f"triton {triton.__version__}")
-        for entry in entries:
-            print(row(entry))
+        return
+    print(f"Triton {triton.__version__}")
+    for entry in entries:
+        print(row(entry))
 
 
 if __name__ == "__main__":

@@ -17,10 +17,11 @@ import triton.language as tl
 
 from . import launch
 from .config import backward_config, partial_rows, vector_elements
-from .tile import chunk_columns, load_vector, row_offsets, sum_pair, tile_mask
+from .tile import chunk_columns, load_parameter, row_offsets, sum_pair, tile_mask
 
 FINALIZE_ROWS = 32
 FINALIZE_COLS = 32
+FINALIZE_WARPS = 4
 
 
 @triton.jit
@@ -41,7 +42,7 @@ def _load_chunk(
     if weight is None:
         return x_hat, dy, dy
     else:
-        return x_hat, dy, dy * weight[None, :].to(COMPUTE)
+        return x_hat, dy, dy * weight.to(COMPUTE)
 
 
 @triton.jit
@@ -72,9 +73,7 @@ def layer_norm_bwd_sums_kernel(
     for i in tl.range(0, tl.cdiv(N, BLOCK_N)):
         cols = chunk_columns(i, BLOCK_N)
         mask = cols[None, :] < N
-        weight = None
-        if weight_ptr is not None:
-            weight = tl.load(weight_ptr + cols, mask=cols < N, other=0.0)
+        weight = load_parameter(weight_ptr, cols, N, 1)
         x_hat, _, g = _load_chunk(x_rows, dy_rows, weight, mean, rstd, cols, mask, COMPUTE)
         g_x_hat += g * x_hat
         g_sum += g
@@ -123,10 +122,7 @@ def layer_norm_bwd_kernel(
     dbiases = ()
     for i in tl.static_range(CHUNKS):
         cols = chunk_columns(first_chunk + i, BLOCK_N)
-        if weight_ptr is not None:
-            weights += (tl.load(weight_ptr + cols, mask=cols < N, other=0.0),)
-        else:
-            weights += (None,)
+        weights += (load_parameter(weight_ptr, cols, N, ROWS),)
         dweights += (tl.zeros((ROWS, BLOCK_N), COMPUTE),)
         dbiases += (tl.zeros((ROWS, BLOCK_N), COMPUTE),)
 
@@ -278,7 +274,6 @@ def layer_norm_bwd(
         "DY_VECTOR": vector_elements(launch.row_stride(dy), dy.element_size()),
         "X_VECTOR": vector_elements(launch.row_stride(x), x.element_size()),
         "COMPUTE": launch.TRITON_DTYPE[mean.dtype],
-        "enable_fp_fusion": True,
     }
     strides = (launch.row_stride(dy), launch.row_stride(x))
     c1 = c2 = None
@@ -295,8 +290,8 @@ def layer_norm_bwd(
                 c2,
                 *strides,
                 BLOCK_N=config.sums.block_n,
-                num_warps=config.sums.num_warps,
                 **layout,
+                **launch.options(config.sums.num_warps, arch),
             )
         layer_norm_bwd_kernel[(programs, column_blocks)](
             dy,
@@ -317,8 +312,8 @@ def layer_norm_bwd(
             CHUNKS=tile.chunks,
             FORM=config.form,
             NUM_STAGES=config.num_stages,
-            num_warps=tile.num_warps,
             **layout,
+            **launch.options(tile.num_warps, arch),
         )
         if want_dweight or want_dbias:
             blocks = triton.cdiv(cols, FINALIZE_COLS)
@@ -331,7 +326,6 @@ def layer_norm_bwd(
                 N=cols,
                 ROWS=FINALIZE_ROWS,
                 COLS=FINALIZE_COLS,
-                num_warps=4,
-                enable_fp_fusion=True,
+                **launch.options(FINALIZE_WARPS, arch),
             )
     return dx, dweight, dbias

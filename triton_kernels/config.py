@@ -36,11 +36,23 @@ class Architecture:
         warp_size: Threads of a warp (wavefront).
         processors: Streaming multiprocessors (compute units).
         shared_bytes: Shared memory that one program may use, in bytes.
+        registers: 32-bit registers of a processor; 0 where the compiler takes no limit.
     """
 
     warp_size: int
     processors: int
     shared_bytes: int
+    registers: int
+
+    def max_registers(self, num_warps: int) -> int | None:
+        """Return the registers a thread may use if its program has a processor to itself.
+
+        Without a limit, ptxas aims at an occupancy of its own choice and spills a few registers to
+        reach it.
+        """
+        if self.registers == 0:
+            return None
+        return min(255, self.registers // (num_warps * self.warp_size))
 
 
 @dataclass(frozen=True)
@@ -156,21 +168,27 @@ def backward_config(cols: int, itemsize: int, arch: Architecture) -> BackwardCon
     are kept across the row sums: 16 columns a thread take about 100 registers.
     """
     per_thread = 16 if itemsize < 8 else 8
+    resident = MAX_THREADS * per_thread
     sums = None
-    if cols <= MAX_THREADS * per_thread:
+    copies = 2  # tiles that one stage of the pipeline holds: x and dy
+    if cols <= resident:
         form, tile = "resident", _row_tile(cols, itemsize, per_thread, 2, arch.warp_size)
-    elif cols <= 2 * MAX_THREADS * per_thread:
-        form, tile = "reload", _row_tile(cols, itemsize, 2 * per_thread, 1, arch.warp_size)
+    elif itemsize == 2 and 2 * cols <= 3 * resident:
+        # 24 accumulator pairs leave no room for x and dy as well; wider types spill even so.
+        form, tile = "reload", _row_tile(cols, itemsize, per_thread, 1, arch.warp_size)
+        copies = 4  # the pipeline fetches the second reading as well
     else:
         form, sums = "split", _looped_tile(itemsize, arch.warp_size)
         threads = 2 * MIN_THREADS
         tile = RowTile(MIN_THREADS * VECTOR_BYTES // itemsize, 1, 4, threads // arch.warp_size)
-    tile_bytes = 2 * tile.rows * tile.chunks * tile.block_n * itemsize  # x and dy
+    stage_bytes = copies * tile.rows * tile.chunks * tile.block_n * itemsize
     # Three stages keep two tiles in flight while one is worked on; a device whose shared memory
-    # does not hold them gets two, or none. The reductions need under 1 KB beside them.
-    num_stages = next((s for s in (3, 2) if (s - 1) * tile_bytes + 1024 <= arch.shared_bytes), 1)
+    # does not hold them gets two, or none, and float64 has no registers left for a third. The
+    # reductions need under 1 KB beside them.
+    depths = (3, 2) if itemsize < 8 else (2,)
+    num_stages = next((s for s in depths if (s - 1) * stage_bytes + 1024 <= arch.shared_bytes), 1)
     by_registers = MAX_THREADS // (tile.num_warps * arch.warp_size)
-    by_shared = arch.shared_bytes // ((num_stages - 1) * tile_bytes + 1024)
+    by_shared = arch.shared_bytes // ((num_stages - 1) * stage_bytes + 1024)
     return BackwardConfig(tile, form, sums, num_stages, max(1, min(by_registers, by_shared)))
 
 

@@ -13,8 +13,7 @@ from . import launch
 from .config import forward_config, vector_elements
 from .tile import (
     chunk_columns,
-    load_vector,
-    reciprocal_sqrt,
+    load_parameter,
     row_offsets,
     sum_chunks,
     sum_pair,
@@ -26,6 +25,7 @@ from .tile import (
 def _store_chunk(
     centred,
     rstd,
+    offset,
     weight_ptr,
     bias_ptr,
     y_ptr,
@@ -33,14 +33,15 @@ def _store_chunk(
     cols,
     mask,
     N: tl.constexpr,
+    ROWS: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
-    """Scale a centred [ROWS, BLOCK_N] chunk and store it as y."""
-    y = centred * rstd[:, None]
+    """Scale a [ROWS, BLOCK_N] chunk, centred up to `offset`, and store it as y."""
+    y = centred * rstd[:, None] - offset[:, None]
     if weight_ptr is not None:
-        y = y * load_vector(weight_ptr, cols, N, COMPUTE)
+        y = y * load_parameter(weight_ptr, cols, N, ROWS).to(COMPUTE)
     if bias_ptr is not None:
-        y = y + load_vector(bias_ptr, cols, N, COMPUTE)
+        y = y + load_parameter(bias_ptr, cols, N, ROWS).to(COMPUTE)
     tl.store(y_ptr + (rows * N)[:, None] + cols[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
@@ -86,14 +87,24 @@ def layer_norm_fwd_kernel(
         )
         correction = between / N
         var = within / N - correction * correction
-        rstd = reciprocal_sqrt(var + tl.full((ROWS,), eps, COMPUTE), COMPUTE)
+        rstd = tl.rsqrt(var + tl.full((ROWS,), eps, COMPUTE))
         for i in tl.range(0, tl.cdiv(N, BLOCK_N)):
             cols = chunk_columns(i, BLOCK_N)
             mask = tile_mask(rows, M, cols, N, ROWS)
             x = tl.load(x_rows + cols[None, :], mask=mask, other=0.0).to(COMPUTE)
-            centred = (x - shift[:, None]) - correction[:, None]
             _store_chunk(
-                centred, rstd, weight_ptr, bias_ptr, y_ptr, rows, cols, mask, N, COMPUTE
+                x - shift[:, None],
+                rstd,
+                correction * rstd,
+                weight_ptr,
+                bias_ptr,
+                y_ptr,
+                rows,
+                cols,
+                mask,
+                N,
+                ROWS,
+                COMPUTE,
             )
     else:
         xs = ()
@@ -114,13 +125,14 @@ def layer_norm_fwd_kernel(
         residue_sum, squares_sum = sum_pair(residue, squares, ROWS, BLOCK_N)
         correction = residue_sum / N
         var = squares_sum / N - correction * correction
-        rstd = reciprocal_sqrt(var + tl.full((ROWS,), eps, COMPUTE), COMPUTE)
+        rstd = tl.rsqrt(var + tl.full((ROWS,), eps, COMPUTE))
         for i in tl.static_range(CHUNKS):
             cols = chunk_columns(i, BLOCK_N)
             mask = tile_mask(rows, M, cols, N, ROWS)
             _store_chunk(
-                centred[i] - correction[:, None],
+                centred[i],
                 rstd,
+                correction * rstd,
                 weight_ptr,
                 bias_ptr,
                 y_ptr,
@@ -128,6 +140,7 @@ def layer_norm_fwd_kernel(
                 cols,
                 mask,
                 N,
+                ROWS,
                 COMPUTE,
             )
 
@@ -169,7 +182,8 @@ def layer_norm_fwd(
         return y, mean, rstd
     x = launch.unit_columns(x)
     stride = launch.row_stride(x)
-    config = forward_config(cols, x.element_size(), launch.architecture(x.device))
+    arch = launch.architecture(x.device)
+    config = forward_config(cols, x.element_size(), arch)
     tile = config.tile
     with launch.device_guard(x.device):
         layer_norm_fwd_kernel[(triton.cdiv(rows, tile.rows),)](
@@ -189,7 +203,6 @@ def layer_norm_fwd(
             LOOPED=config.looped,
             X_VECTOR=vector_elements(stride, x.element_size()),
             COMPUTE=launch.TRITON_DTYPE[compute],
-            num_warps=tile.num_warps,
-            enable_fp_fusion=True,
+            **launch.options(tile.num_warps, arch),
         )
     return y, mean, rstd

@@ -15,7 +15,7 @@ TRITON_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 # Stands in for the device when the kernels run in Triton's interpreter: few processors, so that
 # small tests still give every program several rows.
-_INTERPRETER = Architecture(warp_size=32, processors=4, shared_bytes=232448)
+_INTERPRETER = Architecture(warp_size=32, processors=4, shared_bytes=232448, registers=0)
 
 
 def interpreted() -> bool:
@@ -30,13 +30,24 @@ def architecture(device: torch.device) -> Architecture:
         return _INTERPRETER
     target = triton.runtime.driver.active.get_current_target()
     properties = torch.cuda.get_device_properties(device)
+    nvidia = target.backend == "cuda"
     return Architecture(
         warp_size=target.warp_size,
         processors=properties.multi_processor_count,
         shared_bytes=properties.shared_memory_per_block_optin
-        if target.backend == "cuda"
+        if nvidia
         else properties.shared_memory_per_block,
+        registers=properties.regs_per_multiprocessor if nvidia else 0,
     )
+
+
+def options(num_warps: int, arch: Architecture) -> dict[str, object]:
+    """Return Triton's launch options for a program of `num_warps`."""
+    # Fusing multiply and add saves a rounding; newer Triton would stop doing it by default.
+    chosen: dict[str, object] = {"num_warps": num_warps, "enable_fp_fusion": True}
+    if (limit := arch.max_registers(num_warps)) is not None:
+        chosen["maxnreg"] = limit
+    return chosen
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

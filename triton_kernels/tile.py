@@ -33,9 +33,17 @@ def row_offsets(rows, stride, VECTOR: tl.constexpr):
 
 
 @triton.jit
-def load_vector(ptr, cols, N: tl.constexpr, COMPUTE: tl.constexpr):
-    """Return the [1, BLOCK_N] slice of a parameter vector in the compute dtype."""
-    return tl.load(ptr + cols, mask=cols < N, other=0.0).to(COMPUTE)[None, :]
+def load_parameter(ptr, cols, N: tl.constexpr, ROWS: tl.constexpr):
+    """Return the [ROWS, BLOCK_N] tile of a parameter vector, or None for a parameter that is None.
+
+    Every row of the tile is loaded: all but one come from L1, and the tile then has the layout of
+    x. A [BLOCK_N] vector has a layout of its own, and converting it costs a barrier a chunk.
+    """
+    if ptr is None:
+        return None
+    else:
+        rows = tl.zeros((ROWS, 1), tl.int32)
+        return tl.load(ptr + rows + cols[None, :], mask=(rows == 0) & (cols[None, :] < N), other=0.0)
 
 
 @triton.jit
@@ -57,12 +65,3 @@ def sum_pair(a, b, ROWS: tl.constexpr, BLOCK_N: tl.constexpr):
     stacked = tl.reshape(tl.ravel(tl.permute(tl.join(a, b), (2, 0, 1))), (2 * ROWS, BLOCK_N))
     sums = tl.reshape(tl.sum(stacked, axis=1), (2, ROWS))
     return tl.split(tl.permute(sums, (1, 0)))
-
-
-@triton.jit
-def reciprocal_sqrt(x, COMPUTE: tl.constexpr):
-    """Return 1 / sqrt(x) with both operations correctly rounded; rsqrt alone is off by 2 ulp."""
-    if COMPUTE == tl.float64:
-        return 1.0 / tl.sqrt(x)
-    else:
-        return tl.div_rn(1.0, tl.sqrt_rn(x))

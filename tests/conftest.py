@@ -1,0 +1,41 @@
+"""One suite for every machine: on a GPU the kernels run natively, elsewhere in the interpreter."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are imported
+
+from fusednorm import backends
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """The device on which Triton runs here."""
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    """Give every test its own reproducible random numbers."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def poison() -> Iterator[None]:
+    """Fill fresh memory with NaN, so that an element the kernel forgets cannot look right."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def kernels(device: torch.device, poison: None) -> Iterator[torch.device]:
+    """Force the Triton kernels on poisoned memory; the value is their device."""
+    with backends.use("triton"):
+        yield device

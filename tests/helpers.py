@@ -1,0 +1,134 @@
+"""The oracle and the error budget that every numerical test shares."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+INTERPRETED = not torch.cuda.is_available()
+
+HALF_DTYPES = (torch.float16, torch.bfloat16)
+DTYPES = (*HALF_DTYPES, torch.float32, torch.float64)
+
+
+@dataclass
+class Case:
+    """The arguments of one call and the gradient of its output."""
+
+    x: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    dy: Tensor
+    eps: float = 1e-5
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """normalized_shape, which is the last dimension throughout."""
+        return (self.x.shape[-1],)
+
+
+Result = dict[str, Tensor]
+
+
+def make_case(
+    rows: int | tuple[int, ...],
+    cols: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    weight: bool = True,
+    bias: bool = True,
+    mean: float = 0.0,
+) -> Case:
+    """Draw fresh inputs of one dtype, with a random dy: dy = 1 would hide most errors of dx."""
+    leading = (rows,) if isinstance(rows, int) else rows
+
+    def draw(*size: int) -> Tensor:
+        return torch.randn(*size, dtype=torch.float64)
+
+    def put(value: Tensor) -> Tensor:
+        return value.to(device, dtype)
+
+    return Case(
+        x=put(draw(*leading, cols) + mean),
+        weight=put(draw(cols)) if weight else None,
+        bias=put(draw(cols)) if bias else None,
+        dy=put(draw(*leading, cols)),
+    )
+
+
+def run(function, case: Case) -> Result:
+    """Return y and every gradient of `function(x, shape, weight, bias, eps)`."""
+    leaves = {
+        name: tensor.detach().requires_grad_()
+        for name, tensor in (("x", case.x), ("weight", case.weight), ("bias", case.bias))
+        if tensor is not None
+    }
+    y = function(leaves["x"], case.shape, leaves.get("weight"), leaves.get("bias"), case.eps)
+    grads = torch.autograd.grad(y, list(leaves.values()), case.dy.to(y.dtype))
+    return {"y": y.detach()} | {
+        f"d{name}": grad for name, grad in zip(leaves, grads, strict=True)
+    }
+
+
+def oracle(case: Case) -> dict[str, np.ndarray]:
+    """Return y and every gradient in extended precision (at least float64), in NumPy."""
+
+    def wide(tensor: Tensor) -> np.ndarray:
+        return tensor.detach().double().cpu().numpy().astype(np.longdouble)
+
+    x, dy = wide(case.x), wide(case.dy)
+    rows = tuple(range(x.ndim - 1))
+    centred = x - x.mean(-1, keepdims=True)
+    rstd = 1 / np.sqrt((centred**2).mean(-1, keepdims=True) + np.longdouble(case.eps))
+    x_hat = centred * rstd
+    y, g = x_hat, dy
+    result = {}
+    if case.weight is not None:
+        y, g = x_hat * wide(case.weight), dy * wide(case.weight)
+        result["dweight"] = (dy * x_hat).sum(rows)
+    if case.bias is not None:
+        y = y + wide(case.bias)
+        result["dbias"] = dy.sum(rows)
+    c1, c2 = (g * x_hat).mean(-1, keepdims=True), g.mean(-1, keepdims=True)
+    return result | {"y": y, "dx": rstd * (g - x_hat * c1 - c2)}
+
+
+def errors(result: Result, truth: dict[str, np.ndarray]) -> dict[str, float]:
+    """Return the largest error of each tensor."""
+    assert result.keys() == truth.keys()
+    largest = {}
+    for name, tensor in result.items():
+        assert tensor.shape == truth[name].shape, name
+        got = tensor.double().cpu().numpy().astype(np.longdouble)
+        largest[name] = float(np.max(np.abs(got - truth[name]), initial=0.0))
+    return largest
+
+
+def rounding(name: str, result: Result, truth: dict[str, np.ndarray]) -> float:
+    """Return one rounding of the tensor's dtype at its largest value.
+
+    Half a unit in the last place; a whole one for bfloat16 in the interpreter, which truncates
+    where the GPU rounds to nearest.
+    """
+    dtype = result[name].dtype
+    truncated = INTERPRETED and dtype == torch.bfloat16
+    unit = torch.finfo(dtype).eps * (1.0 if truncated else 0.5)
+    return unit * float(np.max(np.abs(truth[name]), initial=0.0))
+
+
+def assert_accurate(ours: Result, torchs: Result, truth: dict[str, np.ndarray]) -> None:
+    """Assert that no tensor is further from the truth than torch's plus one rounding."""
+    our_errors, torch_errors = errors(ours, truth), errors(torchs, truth)
+    for name, error in our_errors.items():
+        budget = torch_errors[name] + rounding(name, ours, truth)
+        assert error <= budget, f"{name}: error {error:.3g} exceeds {budget:.3g}"
+
+
+def run_torch(case: Case) -> Result:
+    """Return what torch's own operator computes in the same dtype."""
+    return run(F.layer_norm, case)

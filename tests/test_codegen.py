@@ -1,0 +1,230 @@
+"""What the compilers make of the kernels: spills, vectors and pipelines, without a device.
+
+`CODEGEN_FULL=1` (`make codegen`) compiles every rung for every target instead of a selection.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+
+from fusednorm.triton_kernels.config import Architecture, backward_config, forward_config
+
+NVIDIA = ("sm_80", "sm_90", "sm_100")
+AMD = ("gfx942", "gfx950")
+ACTIVATIONS = {"x": ("ld", "async"), "dy": ("ld", "async"), "y": ("st",), "dx": ("st",)}
+
+Entry = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def report() -> list[Entry]:
+    """Every compiled kernel, from a process in which Triton does not interpret."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, str(Path(__file__).with_name("codegen.py")), "--json"]
+    if os.environ.get("CODEGEN_FULL"):
+        command.append("--full")
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        pytest.fail(done.stderr, pytrace=False)
+    entries: list[Entry] = json.loads(done.stdout)
+    return entries
+
+
+@pytest.fixture(scope="module")
+def rungs(report: list[Entry]) -> list[Entry]:
+    """The kernels as users get them."""
+    return [entry for entry in report if not entry["planted"]]
+
+
+def planted(report: list[Entry], fault: str) -> list[Entry]:
+    """Return the kernels with a planted fault."""
+    return [entry for entry in report if entry["planted"] == fault]
+
+
+def main_backward(entries: Iterable[Entry]) -> list[Entry]:
+    """Return the persistent backward kernels."""
+    return [e for e in entries if e["kernel"] == "layer_norm_bwd_kernel"]
+
+
+def spill(entry: Entry) -> str:
+    """Describe the registers that a kernel spills; empty where there are none."""
+    if entry["spills"] or entry["stack"]:
+        return f"{entry['spills']} spills, {entry['stack']} bytes of stack"
+    return ""
+
+
+def narrow(entry: Entry) -> str:
+    """Describe the accesses to activations that are narrower than the rows allow."""
+    narrower = [
+        f"{name}: {kind} of {width} bytes"
+        for name, kinds in ACTIVATIONS.items()
+        for kind in kinds
+        for width in entry["accesses"].get(name, {}).get(kind, {})
+        if int(width) < entry["vector_bytes"]
+    ]
+    # The assembler has to keep what the compiler asked for.
+    for opcode, kind in (("LDG", "ld"), ("STG", "st"), ("LDGSTS", "async")):
+        asked = {w for kinds in entry["accesses"].values() for w in kinds.get(kind, {})}
+        narrower += [
+            f"{opcode} of {width} bytes, asked were {sorted(asked)}"
+            for width in entry["machine"].get(opcode, {})
+            if width not in asked
+        ]
+    return ", ".join(narrower)
+
+
+def synchronous(entry: Entry) -> str:
+    """Describe the activations that a pipelined kernel does not copy asynchronously."""
+    width = str(entry["vector_bytes"])
+    waits = [name for name in ("x", "dy") if width not in entry["accesses"][name].get("async", {})]
+    if width not in entry["machine"].get("LDGSTS", {}):
+        waits.append("no LDGSTS")
+    return ", ".join(waits)
+
+
+def check(entries: list[Entry], describe: Callable[[Entry], str]) -> None:
+    """Fail with one line for each entry that `describe` finds something to say about."""
+    assert entries, "nothing was compiled"
+    lines = [f"{name(e)}: {text}" for e in entries if (text := describe(e))]
+    if lines:
+        pytest.fail(f"{len(lines)} of {len(entries)} kernels\n" + "\n".join(lines), pytrace=False)
+
+
+def name(entry: Entry) -> str:
+    """Return the name of an entry's rung."""
+    constants = entry["constants"]
+    return (
+        f"{entry['arch']} {entry['kernel']} ({entry['kind']}) {entry['dtype']} N={entry['cols']} "
+        f"rows={entry['rows']} warps={entry['num_warps']} {constants.get('FORM', '')} "
+        f"tile={constants.get('ROWS')}x{constants.get('CHUNKS')}x{constants.get('BLOCK_N')}"
+    )
+
+
+@pytest.mark.parametrize("arch", NVIDIA + AMD)
+def test_every_kernel_and_form_is_compiled(rungs: list[Entry], arch: str) -> None:
+    entries = [e for e in rungs if e["arch"] == arch]
+    assert {e["kernel"] for e in entries} == {
+        "layer_norm_fwd_kernel",
+        "layer_norm_bwd_kernel",
+        "layer_norm_bwd_sums_kernel",
+        "layer_norm_bwd_finalize_kernel",
+    }
+    assert {e["dtype"] for e in entries} >= {"bfloat16", "float32", "float64"}
+    forms = {
+        backward_config(cols, 2, Architecture(32, 132, 232448)).form
+        for cols in (1024, 4096, 8192, 16384, 131072)
+    }
+    assert {e["constants"]["FORM"] for e in main_backward(entries)} >= forms
+
+
+@pytest.mark.parametrize("arch", NVIDIA + AMD)
+def test_nothing_spills(rungs: list[Entry], arch: str) -> None:
+    check([e for e in rungs if e["arch"] == arch], spill)
+
+
+@pytest.mark.parametrize("arch", NVIDIA + AMD)
+def test_shared_memory_fits(rungs: list[Entry], arch: str) -> None:
+    check(
+        [e for e in rungs if e["arch"] == arch],
+        lambda e: (
+            f"{e['shared']} bytes of {e['shared_limit']}"
+            if e["shared"] > e["shared_limit"]
+            else ""
+        ),
+    )
+
+
+@pytest.mark.parametrize("arch", NVIDIA)
+def test_activations_move_in_full_vectors(rungs: list[Entry], arch: str) -> None:
+    entries = [e for e in rungs if e["arch"] == arch and e["kind"] != "finalize"]
+    assert any(e["vector_bytes"] == 16 for e in entries)
+    check(entries, narrow)
+
+
+@pytest.mark.parametrize("arch", AMD)
+def test_activations_move_in_full_vectors_on_amd(rungs: list[Entry], arch: str) -> None:
+    def absent(entry: Entry) -> str:
+        kinds = ("load", "store") if "sums" not in entry["kernel"] else ("load",)
+        found = entry["machine"]
+        return ", ".join(
+            f"no {kind} of 16 bytes"
+            for kind in kinds
+            if not any(opcode.endswith(f"{kind}_dwordx4") for opcode in found)
+        )
+
+    aligned = [e for e in rungs if e["arch"] == arch and e["vector_bytes"] == 16]
+    check([e for e in aligned if e["kind"] != "finalize"], absent)
+
+
+@pytest.mark.parametrize("arch", NVIDIA)
+def test_pipelined_backward_copies_asynchronously(rungs: list[Entry], arch: str) -> None:
+    # An asynchronous copy moves at least four bytes.
+    pipelined = [
+        e
+        for e in main_backward(rungs)
+        if e["arch"] == arch and e["constants"]["NUM_STAGES"] > 1 and e["vector_bytes"] >= 4
+    ]
+    assert any(e["vector_bytes"] == 16 for e in pipelined)
+    check(pipelined, synchronous)
+
+
+def test_number_of_rows_is_not_compiled_in(rungs: list[Entry]) -> None:
+    """Rows that divide 16, that do not, and a lone row share one kernel."""
+    variants: dict[tuple[object, ...], dict[str, set[int]]] = {}
+    for e in rungs:
+        key = (e["arch"], e["kernel"], e["kind"], e["dtype"], e["parameters"], e["cols"])
+        kernels = variants.setdefault((*key, e["padding"]), {})
+        kernels.setdefault(e["hash"], set()).add(e["rows"])
+    assert any(len(set().union(*kernels.values())) > 1 for kernels in variants.values()), (
+        "no kernel was compiled for two numbers of rows"
+    )
+    several = [
+        f"{' '.join(map(str, key))}: rows {' | '.join(str(sorted(rows)) for rows in k.values())}"
+        for key, k in variants.items()
+        if len(k) > 1
+    ]
+    if several:
+        pytest.fail("kernels by number of rows\n" + "\n".join(several), pytrace=False)
+
+
+def test_report_shows_planted_spills(report: list[Entry]) -> None:
+    entries = planted(report, "one warp")
+    assert {e["arch"] for e in entries} == {"sm_90", "gfx942"}
+    assert all(spill(e) for e in entries)
+
+
+def test_report_shows_planted_narrow_access(report: list[Entry]) -> None:
+    entries = planted(report, "odd stride")
+    assert {e["kind"] for e in entries} == {"forward", "backward"}
+    assert all("of 2 bytes" in narrow(e) for e in entries)
+
+
+def test_report_shows_planted_synchronous_backward(report: list[Entry]) -> None:
+    entries = planted(report, "one stage")
+    assert entries
+    assert all(synchronous(e) == "x, dy, no LDGSTS" for e in entries)
+
+
+@pytest.mark.parametrize("itemsize", [2, 4, 8])
+def test_policy_counts_threads_not_warps(itemsize: int) -> None:
+    """A device with warps of 64 gets the same tiles and threads as one with warps of 32."""
+
+    def tiles(cols: int, warp_size: int) -> list[object]:
+        arch = Architecture(warp_size, 132, 232448)
+        backward = backward_config(cols, itemsize, arch)
+        found = [forward_config(cols, itemsize, arch).tile, backward.tile, backward.sums]
+        return [t and dataclasses.replace(t, num_warps=t.num_warps * warp_size) for t in found]
+
+    for cols in (1, 3, 64, 257, 1000, 1024, 4096, 8192, 8193, 12288, 40000, 131072):
+        assert tiles(cols, 32) == tiles(cols, 64), cols
