@@ -55,7 +55,7 @@ class LayerNormFunction(torch.autograd.Function):
     """Layer norm of plain tensors through the kernels, with their fused backward."""
 
     @staticmethod
-    def forward(  # type: ignore[override]  # torch types it (*args, **kwargs)
+    def forward(
         ctx: Any,
         input: Tensor,
         weight: Tensor | None,
@@ -75,7 +75,7 @@ class LayerNormFunction(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor | None) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor | None) -> Any:
         """Run the backward kernels."""
         if dy is None:
             return None, None, None, None, None, None
@@ -111,27 +111,24 @@ def _bwd_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 def _bwd_backward(ctx: Any, *cotangents: Tensor | None) -> Any:
     """Differentiate the backward: the pullback of the reference formulas at dy, x and weight."""
     dy, input, weight, bias = ctx.saved_tensors
-    mask = tuple(
-        wanted and cotangent is not None
-        for wanted, cotangent in zip(ctx.output_mask, cotangents, strict=True)
+    dx, dweight, dbias = (
+        cotangent if wanted else None
+        for cotangent, wanted in zip(cotangents, ctx.output_mask, strict=True)
     )
+    mask = (dx is not None, dweight is not None, dbias is not None)
 
-    def gradients(*primals: Tensor) -> tuple[Tensor, ...]:
-        dy, input, weight = (*primals, None)[:3]
+    def gradients(dy: Tensor, input: Tensor, weight: Tensor | None = None) -> tuple[Tensor, ...]:
         grads = reference.layer_norm_bwd(
             dy, input, ctx.normalized_shape, weight, bias, ctx.eps, mask
         )
         return tuple(grad for grad in grads if grad is not None)
 
     primals = (dy, input) if weight is None else (dy, input, weight)
-    wanted = tuple(
-        cotangent for cotangent, keep in zip(cotangents, mask, strict=True) if keep
+    _, pullback = torch.func.vjp(gradients, *primals)  # type: ignore[misc]  # has_aux=False
+    ddy, ddx, *ddweight = pullback(
+        tuple(cotangent for cotangent in (dx, dweight, dbias) if cotangent is not None)
     )
-    if not wanted:
-        return (None,) * 9
-    _, pullback = torch.func.vjp(gradients, *primals)
-    ddy, ddx, ddweight = (*pullback(wanted), None)[:3]
-    return ddy, ddx, None, None, None, ddweight, None, None, None
+    return ddy, ddx, None, None, None, ddweight[0] if ddweight else None, None, None, None
 
 
 torch.library.register_autograd(

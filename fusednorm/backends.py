@@ -78,13 +78,16 @@ def _triton_unfit(device: torch.device) -> str | None:
     if (missing := _triton_missing()) is not None:
         return missing
     if device.type == "cuda":
-        if torch.version.hip is None and (
-            capability := torch.cuda.get_device_capability(device)
-        ) < _MIN_CAPABILITY:
+        if (
+            torch.version.hip is None
+            and (capability := torch.cuda.get_device_capability(device)) < _MIN_CAPABILITY
+        ):
             return f"compute capability {capability[0]}.{capability[1]} is below 8.0"
         return None
     if device.type == "cpu":
-        return None if _interpreted() else "cpu tensors need Triton's interpreter (TRITON_INTERPRET=1)"
+        return (
+            None if _interpreted() else "cpu tensors need Triton's interpreter (TRITON_INTERPRET=1)"
+        )
     return f"the kernels are built for cuda devices, not {device.type}"
 
 
@@ -93,8 +96,8 @@ def _serves(backend: str, device: torch.device) -> str | None:
     return None if backend == "torch" else _triton_unfit(device)
 
 
-# torch.compile calls this while it traces and keeps the answer, as torch.compiler.assume_constant_result
-# arranges; that decorator would import the whole compiler with this package.
+# torch.compile calls this while it traces and keeps the answer. The decorator that says so,
+# torch.compiler.assume_constant_result, would import the whole compiler with this package.
 _serves._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 

@@ -108,4 +108,3 @@ def layer_norm_bwd(
 
 def _sum(x: Tensor, dims: tuple[int, ...]) -> Tensor:
     return x.sum(dims) if dims else x
-

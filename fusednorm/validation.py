@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -38,9 +37,7 @@ def check_layer_norm(
     if input.dtype not in DTYPES:
         _fail_dtype(op, "input", input)
     shape = (
-        normalized_shape
-        if type(normalized_shape) is tuple
-        else _shape_tuple(op, normalized_shape)
+        normalized_shape if type(normalized_shape) is tuple else _shape_tuple(op, normalized_shape)
     )
     if not shape:
         fail(op, "normalized_shape of at least one dimension", shape)
@@ -80,11 +77,6 @@ def _fail_dtype(op: str, name: str, tensor: Tensor) -> NoReturn:
 def _shape_tuple(op: str, normalized_shape: object) -> tuple[int, ...]:
     if isinstance(normalized_shape, int):
         return (normalized_shape,)
-    if not isinstance(normalized_shape, Sequence) or isinstance(normalized_shape, str):
-        fail(op, "normalized_shape to be an int or a sequence of ints", normalized_shape, TypeError)
-    return tuple(normalized_shape)
-
-
-def columns(shape: tuple[int, ...]) -> int:
-    """Return N, the number of elements that are normalised together."""
-    return shape[0] if len(shape) == 1 else math.prod(shape)
+    if isinstance(normalized_shape, Sequence) and not isinstance(normalized_shape, str):
+        return tuple(normalized_shape)
+    fail(op, "normalized_shape to be an int or a sequence of ints", normalized_shape, TypeError)

@@ -368,9 +368,7 @@ def row(entry: dict[str, Any]) -> str:
 def main() -> None:
     """Print the report."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--full", action="store_true", help="every rung, not the suite's selection"
-    )
+    parser.add_argument("--full", action="store_true", help="every rung, not the suite's selection")
     parser.add_argument("--arch", action="append", choices=TARGETS)
     parser.add_argument("--kind", action="append", choices=KINDS)
     parser.add_argument("--dtype", action="append", choices=DTYPES)

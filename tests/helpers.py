@@ -70,9 +70,7 @@ def run(function, case: Case) -> Result:
     }
     y = function(leaves["x"], case.shape, leaves.get("weight"), leaves.get("bias"), case.eps)
     grads = torch.autograd.grad(y, list(leaves.values()), case.dy.to(y.dtype))
-    return {"y": y.detach()} | {
-        f"d{name}": grad for name, grad in zip(leaves, grads, strict=True)
-    }
+    return {"y": y.detach()} | {f"d{name}": grad for name, grad in zip(leaves, grads, strict=True)}
 
 
 def oracle(case: Case) -> dict[str, np.ndarray]:

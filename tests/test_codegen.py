@@ -138,9 +138,7 @@ def test_shared_memory_fits(rungs: list[Entry], arch: str) -> None:
     check(
         [e for e in rungs if e["arch"] == arch],
         lambda e: (
-            f"{e['shared']} bytes of {e['shared_limit']}"
-            if e["shared"] > e["shared_limit"]
-            else ""
+            f"{e['shared']} bytes of {e['shared_limit']}" if e["shared"] > e["shared_limit"] else ""
         ),
     )
 

@@ -24,9 +24,7 @@ def run_example(folder: Path, options: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(EXAMPLE), *options.split()]
     # On a busy machine threads that wait for one another cost more than such small tensors.
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        command, cwd=folder, env=env, capture_output=True, text=True, timeout=300
-    )
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=300)
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,6 @@
 """Backward kernels and their launcher.
 
-With g = dy * weight, x_hat = (x - mean) * rstd and the row means c1 = mean(g * x_hat), c2 = mean(g):
+With g = dy * weight, x_hat = (x - mean) * rstd, c1 = mean(g * x_hat) and c2 = mean(g) of a row:
 
     dx = rstd * (g - x_hat * c1 - c2)    dweight = sum over rows of dy * x_hat    dbias = sum of dy
 
@@ -45,7 +45,8 @@ def _load_chunk(
         return x_hat, dy, dy * weight.to(COMPUTE)
 
 
-@triton.jit
+# No value of M or of a stride may become part of what is compiled.
+@triton.jit(do_not_specialize=("dy_stride", "x_stride"))
 def layer_norm_bwd_sums_kernel(
     dy_ptr,  # [M, N], rows dy_stride apart
     x_ptr,  # [M, N], rows x_stride apart
@@ -82,7 +83,7 @@ def layer_norm_bwd_sums_kernel(
     tl.store(c2_ptr + rows, c2 / N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("M", "dy_stride", "x_stride", "rows_per_program"))
 def layer_norm_bwd_kernel(
     dy_ptr,  # [M, N], rows dy_stride apart
     x_ptr,  # [M, N], rows x_stride apart
@@ -142,9 +143,7 @@ def layer_norm_bwd_kernel(
         for i in tl.static_range(CHUNKS):
             cols = chunk_columns(first_chunk + i, BLOCK_N)
             mask = tile_mask(rows, end, cols, N, ROWS)
-            x_hat, dy, g = _load_chunk(
-                x_rows, dy_rows, weights[i], mean, rstd, cols, mask, COMPUTE
-            )
+            x_hat, dy, g = _load_chunk(x_rows, dy_rows, weights[i], mean, rstd, cols, mask, COMPUTE)
             g_x_hat += g * x_hat
             g_sum += g
             next_dweights += (dweights[i] + dy * x_hat,)
@@ -187,7 +186,9 @@ def layer_norm_bwd_kernel(
 
 
 @triton.jit
-def _sum_partials(partial_ptr, out_ptr, partials, N: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+def _sum_partials(
+    partial_ptr, out_ptr, partials, N: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
+):
     cols = tl.program_id(0) * COLS + tl.arange(0, COLS)
     total = tl.zeros((ROWS, COLS), partial_ptr.dtype.element_ty)
     for first in tl.range(0, partials, ROWS):
@@ -197,7 +198,7 @@ def _sum_partials(partial_ptr, out_ptr, partials, N: tl.constexpr, ROWS: tl.cons
     tl.store(out_ptr + cols, tl.sum(total, axis=0).to(out_ptr.dtype.element_ty), mask=cols < N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("partials",))
 def layer_norm_bwd_finalize_kernel(
     dweight_partial_ptr,  # [partials, N] or None
     dbias_partial_ptr,  # [partials, N] or None

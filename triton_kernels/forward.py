@@ -45,7 +45,8 @@ def _store_chunk(
     tl.store(y_ptr + (rows * N)[:, None] + cols[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+# No value of M or of a stride may become part of what is compiled.
+@triton.jit(do_not_specialize=("M", "x_stride"))
 def layer_norm_fwd_kernel(
     x_ptr,  # [M, N], rows x_stride apart
     weight_ptr,  # [N] or None

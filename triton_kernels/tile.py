@@ -43,7 +43,9 @@ def load_parameter(ptr, cols, N: tl.constexpr, ROWS: tl.constexpr):
         return None
     else:
         rows = tl.zeros((ROWS, 1), tl.int32)
-        return tl.load(ptr + rows + cols[None, :], mask=(rows == 0) & (cols[None, :] < N), other=0.0)
+        return tl.load(
+            ptr + rows + cols[None, :], mask=(rows == 0) & (cols[None, :] < N), other=0.0
+        )
 
 
 @triton.jit
