@@ -43,7 +43,7 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tenso
     if transforms_active() or torch._C._functorch.is_legacy_batchedtensor(dy):
         return reference.layer_norm_bwd(dy, input, shape, weight, bias, eps, mask)
     if not torch.is_grad_enabled() and plain(dy, input):
-        return ops.run_bwd(dy, input, shape, mean, rstd, weight, bias, mask)
+        return ops.kernels_bwd(dy, input, shape, mean, rstd, weight, bias, mask)
     grads = ops.layer_norm_bwd(dy, input, shape, mean, rstd, weight, bias, eps, mask)
     dx, dweight, dbias = (
         grad if wanted else None for grad, wanted in zip(grads, mask, strict=True)
@@ -65,7 +65,7 @@ class LayerNormFunction(torch.autograd.Function):
         out_dtype: torch.dtype,
     ) -> Tensor:
         """Run the forward kernel; save the inputs and the row statistics."""
-        y, mean, rstd = ops.run_fwd(
+        y, mean, rstd = ops.kernels_fwd(
             input, normalized_shape, weight, bias, eps, out_dtype, save_stats=True
         )
         ctx.save_for_backward(input, weight, bias, mean, rstd)
@@ -116,6 +116,8 @@ def _bwd_backward(ctx: Any, *cotangents: Tensor | None) -> Any:
         for cotangent, wanted in zip(cotangents, ctx.output_mask, strict=True)
     )
     mask = (dx is not None, dweight is not None, dbias is not None)
+    if not any(mask):
+        return (None,) * 9
 
     def gradients(dy: Tensor, input: Tensor, weight: Tensor | None = None) -> tuple[Tensor, ...]:
         grads = reference.layer_norm_bwd(
@@ -159,4 +161,6 @@ def layer_norm(
         return LayerNormFunction.apply(  # type: ignore[no-any-return,no-untyped-call]
             input, weight, bias, normalized_shape, eps, out_dtype
         )
-    return ops.run_fwd(input, normalized_shape, weight, bias, eps, out_dtype, save_stats=False)[0]
+    return ops.kernels_fwd(
+        input, normalized_shape, weight, bias, eps, out_dtype, save_stats=False
+    )[0]

@@ -91,20 +91,25 @@ def _triton_unfit(device: torch.device) -> str | None:
     return f"the kernels are built for cuda devices, not {device.type}"
 
 
-def _serves(backend: str, device: torch.device) -> str | None:
+def _unfit(backend: str, device: torch.device) -> str | None:
     """Return why `backend` cannot run on `device`, or None where it can."""
     return None if backend == "torch" else _triton_unfit(device)
 
 
 # torch.compile calls this while it traces and keeps the answer. The decorator that says so,
 # torch.compiler.assume_constant_result, would import the whole compiler with this package.
-_serves._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_unfit._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def serves(backend: str, device: torch.device) -> bool:
+    """Return whether `backend` can run on `device`."""
+    return _unfit(backend, device) is None
 
 
 def _automatic(device: torch.device) -> Choice:
     if device.type == "cpu":
         return Choice("torch", "cpu tensors run in torch")
-    unfit = _serves("triton", device)
+    unfit = _unfit("triton", device)
     if unfit is None:
         return Choice("triton", f"{device.type} tensors run in the fused kernels")
     return Choice("torch", unfit)
@@ -132,7 +137,7 @@ def explain(tensor: Tensor) -> Choice:
         fail("explain", "a Tensor", type(tensor).__name__, TypeError)
     if _requested is None:
         return _automatic(tensor.device)
-    unfit = _serves(_requested, tensor.device)
+    unfit = _unfit(_requested, tensor.device)
     if unfit is not None:
         fail(
             _requested_by,
@@ -146,9 +151,7 @@ def select(tensor: Tensor) -> str:
     """Return the name of the implementation for `tensor`, with `explain`'s errors."""
     if _requested is not None:
         return explain(tensor).backend
-    if tensor.is_cpu or _serves("triton", tensor.device) is not None:
-        return "torch"
-    return "triton"
+    return "triton" if not tensor.is_cpu and serves("triton", tensor.device) else "torch"
 
 
 @contextlib.contextmanager

@@ -54,8 +54,13 @@ def layer_norm(
         tensor([[-1.3416, -0.4472,  0.4472,  1.3416]])
     """
     shape = check_layer_norm(input, normalized_shape, weight, bias, eps)
-    if backends.select(input) == "torch" or autograd.transforms_active():
-        return _layer_norm_torch(input, shape, weight, bias, eps)
+    backend = backends.select(input)
+    if autograd.transforms_active() or (
+        backend == "torch" and not _torch_accepts(input, weight, bias)
+    ):
+        return reference.layer_norm(input, shape, weight, bias, eps, _output_dtype(input))
+    if backend == "torch":
+        return F.layer_norm(input, shape, weight, bias, eps)
     return autograd.layer_norm(input, shape, weight, bias, eps, _output_dtype(input))
 
 
@@ -67,19 +72,6 @@ def _output_dtype(input: Tensor) -> torch.dtype:
     ):
         return torch.float32
     return input.dtype
-
-
-def _layer_norm_torch(
-    input: Tensor,
-    shape: tuple[int, ...],
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-) -> Tensor:
-    """Use torch's own operator wherever it is right: not in forward mode, not for mixed dtypes."""
-    if autograd.forward_ad_active() or not _torch_accepts(input, weight, bias):
-        return reference.layer_norm(input, shape, weight, bias, eps, _output_dtype(input))
-    return F.layer_norm(input, shape, weight, bias, eps)
 
 
 def _torch_accepts(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:

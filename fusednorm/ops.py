@@ -1,4 +1,8 @@
-"""What the dispatcher sees: the operator schemas, their fakes and their implementations."""
+"""What the dispatcher sees: the operator schemas, their fakes and their implementations.
+
+An operator runs the kernels on every device that they serve and the reference on the others; a
+request for torch never gets as far as an operator.
+"""
 
 from __future__ import annotations
 
@@ -23,52 +27,18 @@ _library.define(
 Mask = tuple[bool, bool, bool]
 
 
-def run_fwd(
-    input: Tensor,
-    normalized_shape: tuple[int, ...],
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    out_dtype: torch.dtype,
-    save_stats: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Run the forward kernel on rows of `input`; y has the shape of `input`."""
+def kernels_fwd(*args: Any, save_stats: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Call the launcher of the forward kernel, which imports Triton."""
     from fusednorm.triton_kernels.forward import layer_norm_fwd
 
-    rows = as_rows(input, normalized_shape)
-    y, mean, rstd = layer_norm_fwd(rows, weight, bias, eps, out_dtype, save_stats)
-    return y.view(input.shape), mean, rstd
+    return layer_norm_fwd(*args, save_stats)  # type: ignore[no-any-return]
 
 
-def run_bwd(
-    dy: Tensor,
-    input: Tensor,
-    normalized_shape: tuple[int, ...],
-    mean: Tensor,
-    rstd: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    output_mask: Mask,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Run the backward kernels; dx has the shape of `input`."""
+def kernels_bwd(*args: Any) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Call the launcher of the backward kernels, which imports Triton."""
     from fusednorm.triton_kernels.backward import layer_norm_bwd
 
-    dx, dweight, dbias = layer_norm_bwd(
-        as_rows(dy, normalized_shape),
-        as_rows(input, normalized_shape),
-        mean,
-        rstd,
-        weight,
-        bias,
-        output_mask,
-    )
-    return None if dx is None else dx.view(input.shape), dweight, dbias
-
-
-def as_rows(x: Tensor, normalized_shape: tuple[int, ...]) -> Tensor:
-    """Return `x` as [M, N]: a view where the rows are evenly spaced, else a copy."""
-    batch = x.dim() - len(normalized_shape)
-    return x.reshape(math.prod(x.shape[:batch]), math.prod(normalized_shape))
+    return layer_norm_bwd(*args)  # type: ignore[no-any-return]
 
 
 def _layer_norm_fwd(
@@ -80,8 +50,8 @@ def _layer_norm_fwd(
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     shape = tuple(normalized_shape)
-    if backends.select(input) == "triton":
-        y, mean, rstd = run_fwd(input, shape, weight, bias, eps, out_dtype, save_stats=True)
+    if backends.serves("triton", input.device):
+        y, mean, rstd = kernels_fwd(input, shape, weight, bias, eps, out_dtype, save_stats=True)
         return y, mean, rstd  # type: ignore[return-value]  # save_stats
     return reference.layer_norm_fwd(input, shape, weight, bias, eps, out_dtype)
 
@@ -98,8 +68,8 @@ def _layer_norm_bwd(
     output_mask: Mask,
 ) -> tuple[Tensor, Tensor, Tensor]:
     shape = tuple(normalized_shape)
-    if backends.select(input) == "triton":
-        grads = run_bwd(dy, input, shape, mean, rstd, weight, bias, output_mask)
+    if backends.serves("triton", input.device):
+        grads = kernels_bwd(dy, input, shape, mean, rstd, weight, bias, output_mask)
     else:
         grads = reference.layer_norm_bwd(dy, input, shape, weight, bias, eps, output_mask)
     return _fill(grads, input)

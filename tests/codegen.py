@@ -9,19 +9,21 @@ alignment hint and compile-time constant is the one a launch would use; nothing 
 from __future__ import annotations
 
 import argparse
+import bisect
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import multiprocessing
 import os
 import re
+import struct
 import subprocess
 import sys
 import tempfile
-import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 from unittest import mock
 
@@ -29,8 +31,10 @@ import torch
 import triton
 from fusednorm.triton_kernels import backward, forward, launch
 from fusednorm.triton_kernels.config import (
+    VECTOR_BYTES,
     Architecture,
     backward_config,
+    finalize_tile,
     forward_config,
     vector_elements,
 )
@@ -54,10 +58,19 @@ DTYPES = {
 KINDS = ("forward", "backward", "backward_dx", "finalize")
 
 # Powers of two, their multiples by 3 and 5, and widths that fill no tile or align to no vector.
-COLS = (
+COMMON = (
     *(1, 3, 17, 64, 96, 128, 256, 257, 384, 512, 768, 769, 1000, 1024, 1025, 1280, 1536, 2048),
     *(2560, 3000, 3072, 4096, 5120, 6144, 7168, 7680, 8192, 8193, 10240, 12288, 14336, 16384),
     *(20480, 24576, 32768, 40000, 65536, 131072),
+)
+
+FEW = (1024, 4096, 8192, 12288, 131072)
+
+# The policy changes with every N while rows are short and with some multiple of 256 later; just
+# under a multiple are the rows that end in a partial vector or a partial tile.
+ALL = (
+    *range(1, 2049),
+    *(cols + step for cols in range(2304, 131073, 256) for step in (-255, -8, -1, 0)),
 )
 
 ROWS = 10007
@@ -84,33 +97,39 @@ PLANTED: dict[str, dict[str, int]] = {
     "odd stride": {},
 }
 
-SELECTION = (1024, 4096, 8192, 16384, 131072)
-"""Columns that stand for all where the suite has no time for all."""
 
-
-def rungs(arch: str, kind: str, itemsize: int, exact: bool) -> list[int]:
-    """Return one N, the largest of `COLS`, for every distinct kernel that the policy asks for.
+def rungs(
+    arch: str, kind: str, itemsize: int, candidates: Iterable[int], exact: bool = False
+) -> list[int]:
+    """Return one N, the last of the candidates, for every distinct kernel they lead to.
 
     Args:
         arch: A key of `TARGETS`.
         kind: One of `KINDS`.
         itemsize: Bytes of one element of x.
-        exact: Whether two N with the same tile still differ when only one of them fills it (which
-            removes every mask) or when their rows allow different vectors.
+        candidates: The N to choose from.
+        exact: Whether a tile counts three times: for rows that fill it, for rows of whole vectors
+            that do not, and for rows that leave no vector aligned.
     """
-    if kind == "finalize":
-        return [769, 8192] if exact else [8192]
     distinct: dict[object, int] = {}
-    for cols in COLS:
+    for cols in candidates:
+        vector = vector_elements(cols, itemsize)
         config: Any
+        if kind == "finalize":
+            tile = finalize_tile(cols, TARGETS[arch][1])
+            distinct[tile, exact and vector > 1] = cols
+            continue
         if kind == "forward":
             config = forward_config(cols, itemsize, TARGETS[arch][1])
         else:
             config = backward_config(cols, itemsize, TARGETS[arch][1])
             config = dataclasses.replace(config, programs_per_processor=0)  # not compiled in
-        full = cols % (config.tile.block_n * config.tile.chunks) == 0
-        width = vector_elements(cols, itemsize)
-        distinct[(config, full, width) if exact else config] = cols
+        if not exact:
+            distinct[config] = cols
+        elif cols % (config.tile.block_n * config.tile.chunks) == 0:
+            distinct[config, "full"] = cols
+        elif vector * itemsize == VECTOR_BYTES or vector == 1:
+            distinct[config, vector] = cols
     return list(distinct.values())
 
 
@@ -118,27 +137,39 @@ def jobs(full: bool) -> Iterator[Job]:
     """Yield every rung for every target, or a selection that the test suite has time for."""
     for arch in TARGETS:
         for dtype in ("bfloat16", "float32", "float64"):
-            for kind in KINDS:
-                every = full or (arch == "sm_90" and dtype != "float64" and kind != "backward_dx")
-                some = arch == "sm_90" or kind != "backward_dx"
-                for cols in rungs(arch, kind, DTYPES[dtype].itemsize, exact=full):
-                    if every or (some and cols in SELECTION):
-                        yield Job(arch, kind, dtype, dtype, cols)
+            itemsize = DTYPES[dtype].itemsize
+            for kind in ("forward", "backward", "finalize"):
+                if full:
+                    chosen = rungs(arch, kind, itemsize, ALL, exact=arch.startswith("sm_"))
+                else:
+                    common = arch == "sm_90" and dtype != "float64"
+                    chosen = rungs(arch, kind, itemsize, COMMON if common else FEW)
+                for cols in chosen:
+                    yield Job(arch, kind, dtype, dtype, cols)
+            if full or arch == "sm_90":
+                for cols in rungs(arch, "backward", itemsize, COMMON if full else FEW):
+                    yield Job(arch, "backward_dx", dtype, dtype, cols)
         if full or arch == "sm_90":
             for cols in (1024, 4096, 8192):
                 for kind in ("forward", "backward"):
                     yield Job(arch, kind, "bfloat16", "float32", cols)
                     yield Job(arch, kind, "float16", "float16", cols)
-    for rows in (1, 3, 10000):
-        for kind in ("forward", "backward", "finalize"):
-            yield Job("sm_90", kind, "bfloat16", "bfloat16", 4096, rows)
+    yield from _variations()
+
+
+def _variations() -> Iterator[Job]:
+    """Yield launches that differ in one thing, and launches with a planted fault."""
+    base = Job("sm_90", "backward", "bfloat16", "bfloat16", 4096)
+    for kind in ("forward", "backward", "finalize"):
+        for rows in (1, 3, 10000):
+            yield dataclasses.replace(base, kind=kind, rows=rows)
     for kind in ("forward", "backward"):
-        yield Job("sm_90", kind, "bfloat16", "bfloat16", 4096, padding=8)
-    for kind in ("forward", "backward"):
-        yield Job("sm_90", kind, "bfloat16", "bfloat16", 4096, padding=1, planted="odd stride")
-    yield Job("sm_90", "backward", "bfloat16", "bfloat16", 4096, planted="one stage")
+        job = dataclasses.replace(base, kind=kind)
+        yield dataclasses.replace(job, padding=8)
+        yield dataclasses.replace(job, padding=1, planted="odd stride")
+    yield dataclasses.replace(base, planted="one stage")
     for arch in ("sm_90", "gfx942"):
-        yield Job(arch, "backward", "bfloat16", "bfloat16", 4096, planted="one warp")
+        yield dataclasses.replace(base, arch=arch, planted="one warp")
 
 
 class _Driver:
@@ -175,18 +206,19 @@ def compile_job(job: Job) -> list[Any]:
     dtype = DTYPES[job.dtype]
     x = torch.empty(job.rows, job.cols + job.padding, dtype=dtype, device="meta")
     x = x[:, : job.cols]
-    weight = torch.empty(job.cols, dtype=DTYPES[job.parameters], device="meta")
+    shape = (job.cols,)
+    weight = torch.empty(shape, dtype=DTYPES[job.parameters], device="meta")
     with mock.patch.multiple(
         launch,
         architecture=lambda device: TARGETS[job.arch][1],
         device_guard=lambda device: contextlib.nullcontext(),
     ):
         if job.kind == "forward":
-            forward.layer_norm_fwd(x, weight, weight, 1e-5, dtype, save_stats=True)
+            forward.layer_norm_fwd(x, shape, weight, weight, 1e-5, dtype, save_stats=True)
         else:
             stats = torch.empty(job.rows, dtype=launch.compute_dtype(dtype), device="meta")
             wanted = (True, False, False) if job.kind == "backward_dx" else (True, True, True)
-            backward.layer_norm_bwd(x, x, stats, stats, weight, weight, wanted)
+            backward.layer_norm_bwd(x, x, shape, stats, stats, weight, weight, wanted)
     return compiled
 
 
@@ -239,40 +271,71 @@ def loop_barriers(ptx: str) -> int:
     return sum(bool(re.search(r"\bbar(rier\.cta)?\.sync", lines[i])) for i in looped)
 
 
-def sass_widths(sass: str) -> dict[str, dict[int, int]]:
-    """Count the memory instructions of SASS by opcode and bytes per thread."""
-    counts: dict[str, dict[int, int]] = {}
-    for opcode, modifiers in re.findall(
-        r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+ )?(LDG|STG|LDGSTS|LDS|STS|LDL|STL|BAR)\b((?:\.\w+)*)",
-        sass,
+def _code(cubin: bytes) -> bytes:
+    """Return the machine code in a cubin: the .text section of its ELF64 file."""
+    (table,) = struct.unpack_from("<Q", cubin, 0x28)
+    size, count, names = struct.unpack_from("<HHH", cubin, 0x3A)
+    # Of each section: the offset of its name, the offset and the length of its content.
+    sections = [
+        (header[0], header[4], header[5])
+        for header in (struct.unpack_from("<IIQQQQ", cubin, table + i * size) for i in range(count))
+    ]
+    for name, offset, length in sections:
+        if cubin.startswith(b".text.", sections[names][1] + name):
+            return cubin[offset : offset + length]
+    raise ValueError("cubin without a .text section")
+
+
+def machine_widths(arch: str, cubins: list[bytes]) -> list[dict[str, dict[int, int]]]:
+    """Count the memory instructions of each cubin by opcode and bytes per thread.
+
+    The disassembler takes longer to start than to read one kernel, so it gets all of them as one.
+    """
+    codes = [_code(cubin) for cubin in cubins]
+    ends = list(itertools.accumulate(map(len, codes)))
+    name = arch.replace("sm_", "SM") + ("" if arch == "sm_80" else "a")
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "code")
+        with open(path, "wb") as file:
+            file.writelines(codes)
+        listing = _output(triton.knobs.nvidia.nvdisasm.path, "-b", name, "-ndf", path)
+    counts: list[dict[str, dict[int, int]]] = [{} for _ in cubins]
+    for position, opcode, modifiers in re.findall(
+        r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?\w+ )?(LDG|STG|LDGSTS|LDL|STL|BAR)\b((?:\.\w+)*)",
+        listing,
         re.MULTILINE,
     ):
         bits = re.findall(r"\.[SU]?(8|16|32|64|128|256)(?=\.|$)", modifiers)
-        widths = counts.setdefault(opcode, {})
         width = int(bits[-1]) // 8 if bits else 4
+        widths = counts[bisect.bisect(ends, int(position, 16))].setdefault(opcode, {})
         widths[width] = widths.get(width, 0) + 1
     return counts
 
 
-def _inspect_nvidia(kernel: Any, arguments: list[str]) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, "kernel.cubin")
-        with open(path, "wb") as file:
-            file.write(kernel.asm["cubin"])
-        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", "-sass", path]
-        dump = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    usage = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", dump))
-    machine = sass_widths(dump)
-    ptx = kernel.asm["ptx"]
-    return {
-        "registers": int(usage["REG"]),
-        "stack": int(usage["STACK"]) + int(usage["LOCAL"]),
-        "spills": sum(sum(machine.get(opcode, {}).values()) for opcode in ("LDL", "STL")),
-        "barriers": sum(machine.get("BAR", {}).values()),
-        "loop_barriers": loop_barriers(ptx),
-        "accesses": ptx_accesses(ptx, arguments),
-        "machine": machine,
-    }
+def _output(*command: str) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def _inspect_nvidia(arch: str, kernels: list[Any]) -> Iterator[dict[str, Any]]:
+    cubins = [kernel.asm["cubin"] for kernel in kernels]
+    for kernel, cubin, machine in zip(kernels, cubins, machine_widths(arch, cubins), strict=True):
+        with tempfile.NamedTemporaryFile() as file:
+            file.write(cubin)
+            file.flush()
+            dump = _output(triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name)
+        usage = {name: int(n) for name, n in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", dump)}
+        ptx = kernel.asm["ptx"]
+        signature = kernel.src.signature
+        arguments = [name for name, kind in signature.items() if kind != "constexpr"]
+        yield {
+            "registers": usage["REG"],
+            "stack": usage["STACK"] + usage["LOCAL"],
+            "spills": sum(sum(machine.get(opcode, {}).values()) for opcode in ("LDL", "STL")),
+            "barriers": sum(machine.get("BAR", {}).values()),
+            "loop_barriers": loop_barriers(ptx),
+            "accesses": ptx_accesses(ptx, arguments),
+            "machine": machine,
+        }
 
 
 def _inspect_amd(kernel: Any) -> dict[str, Any]:
@@ -292,17 +355,16 @@ def _inspect_amd(kernel: Any) -> dict[str, Any]:
     }
 
 
-def inspect(job: Job) -> list[dict[str, Any]]:
-    """Compile what a job launches and describe each kernel."""
-    start = time.perf_counter()
+def inspect(arch: str, work: list[Job]) -> list[dict[str, Any]]:
+    """Compile what jobs for one target launch and describe each kernel."""
+    compiled = [(job, kernel) for job in work for kernel in compile_job(job)]
+    kernels = [kernel for _, kernel in compiled]
+    nvidia = TARGETS[arch][0].backend == "cuda"
+    details = _inspect_nvidia(arch, kernels) if nvidia else map(_inspect_amd, kernels)
     entries = []
-    itemsize = DTYPES[job.dtype].itemsize
-    for kernel in compile_job(job):
+    for (job, kernel), detail in zip(compiled, details, strict=True):
         names = kernel.src.fn.arg_names
-        constants = {names[path[0]]: value for path, value in kernel.src.constants.items()}
-        arguments = [name for name, kind in kernel.src.signature.items() if kind != "constexpr"]
-        nvidia = kernel.metadata.target.backend == "cuda"
-        details = _inspect_nvidia(kernel, arguments) if nvidia else _inspect_amd(kernel)
+        itemsize = DTYPES[job.dtype].itemsize
         entries.append(
             {
                 **dataclasses.asdict(job),
@@ -310,23 +372,26 @@ def inspect(job: Job) -> list[dict[str, Any]]:
                 "hash": kernel.hash,
                 "num_warps": kernel.metadata.num_warps,
                 "shared": kernel.metadata.shared,
-                "shared_limit": TARGETS[job.arch][1].shared_bytes,
+                "shared_limit": TARGETS[arch][1].shared_bytes,
                 "vector_bytes": vector_elements(job.cols, itemsize) * itemsize,
                 "constants": {
-                    name: value if isinstance(value, int | str) else str(value)
-                    for name, value in constants.items()
+                    names[path[0]]: value if isinstance(value, int | str) else str(value)
+                    for path, value in kernel.src.constants.items()
                 },
-                **details,
-                "seconds": time.perf_counter() - start,
+                **detail,
             }
         )
     return entries
 
 
 def inspect_all(work: list[Job], processes: int = 2) -> list[dict[str, Any]]:
-    """Inspect jobs in parallel; the entries come in the order of the jobs."""
+    """Inspect jobs in parallel; the entries come in the order of the jobs, target by target."""
+    parts = []
+    for arch in TARGETS:
+        mine = [job for job in work if job.arch == arch]
+        parts += [(arch, mine[i : i + 8]) for i in range(0, len(mine), 8)]
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
-        return [entry for entries in pool.imap(inspect, work) for entry in entries]
+        return list(itertools.chain.from_iterable(pool.starmap(inspect, parts, chunksize=1)))
 
 
 def describe(entry: dict[str, Any]) -> str:

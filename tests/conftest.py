@@ -11,6 +11,10 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are imported
 
+    from interpreter import patch_language_once_per_launch
+
+    patch_language_once_per_launch()
+
 from fusednorm import backends
 
 

@@ -121,11 +121,8 @@ def test_every_kernel_and_form_is_compiled(rungs: list[Entry], arch: str) -> Non
         "layer_norm_bwd_finalize_kernel",
     }
     assert {e["dtype"] for e in entries} >= {"bfloat16", "float32", "float64"}
-    forms = {
-        backward_config(cols, 2, Architecture(32, 132, 232448)).form
-        for cols in (1024, 4096, 8192, 16384, 131072)
-    }
-    assert {e["constants"]["FORM"] for e in main_backward(entries)} >= forms
+    forms = {e["constants"]["FORM"] for e in main_backward(entries)}
+    assert forms == {"resident", "reload", "split"}
 
 
 @pytest.mark.parametrize("arch", NVIDIA + AMD)
@@ -219,7 +216,7 @@ def test_policy_counts_threads_not_warps(itemsize: int) -> None:
     """A device with warps of 64 gets the same tiles and threads as one with warps of 32."""
 
     def tiles(cols: int, warp_size: int) -> list[object]:
-        arch = Architecture(warp_size, 132, 232448)
+        arch = Architecture(warp_size, processors=132, shared_bytes=232448, registers=65536)
         backward = backward_config(cols, itemsize, arch)
         found = [forward_config(cols, itemsize, arch).tile, backward.tile, backward.sums]
         return [t and dataclasses.replace(t, num_warps=t.num_warps * warp_size) for t in found]

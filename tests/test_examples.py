@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import re
 import subprocess
 import sys
@@ -22,9 +21,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GP
 def run_example(folder: Path, options: str) -> subprocess.CompletedProcess[str]:
     """Run the example in a process of its own, from `folder`."""
     command = [sys.executable, str(EXAMPLE), *options.split()]
-    # On a busy machine threads that wait for one another cost more than such small tensors.
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
 
 
 @pytest.fixture(scope="module")

@@ -16,12 +16,8 @@ import triton
 import triton.language as tl
 
 from . import launch
-from .config import backward_config, partial_rows, vector_elements
+from .config import backward_config, finalize_tile, partial_rows, vector_elements
 from .tile import chunk_columns, load_parameter, row_offsets, sum_pair, tile_mask
-
-FINALIZE_ROWS = 32
-FINALIZE_COLS = 32
-FINALIZE_WARPS = 4
 
 
 @triton.jit
@@ -134,6 +130,7 @@ def layer_norm_bwd_kernel(
         dy_rows = dy_ptr + row_offsets(rows, dy_stride, DY_VECTOR)
         x_rows = x_ptr + row_offsets(rows, x_stride, X_VECTOR)
 
+        masks = ()
         x_hats = ()
         gs = ()
         g_x_hat = tl.zeros((ROWS, BLOCK_N), COMPUTE)
@@ -142,8 +139,8 @@ def layer_norm_bwd_kernel(
         next_dbiases = ()
         for i in tl.static_range(CHUNKS):
             cols = chunk_columns(first_chunk + i, BLOCK_N)
-            mask = tile_mask(rows, end, cols, N, ROWS)
-            x_hat, dy, g = _load_chunk(x_rows, dy_rows, weights[i], mean, rstd, cols, mask, COMPUTE)
+            masks += (tile_mask(rows, end, cols, N, ROWS),)
+            x_hat, dy, g = _load_chunk(x_rows, dy_rows, weights[i], mean, rstd, cols, masks[i], COMPUTE)
             g_x_hat += g * x_hat
             g_sum += g
             next_dweights += (dweights[i] + dy * x_hat,)
@@ -165,16 +162,15 @@ def layer_norm_bwd_kernel(
             dx_rows = dx_ptr + (rows * N)[:, None]
             for i in tl.static_range(CHUNKS):
                 cols = chunk_columns(first_chunk + i, BLOCK_N)
-                mask = tile_mask(rows, end, cols, N, ROWS)
                 if FORM == "reload":
                     x_hat, _, g = _load_chunk(
-                        x_rows, dy_rows, weights[i], mean, rstd, cols, mask, COMPUTE
+                        x_rows, dy_rows, weights[i], mean, rstd, cols, masks[i], COMPUTE
                     )
                 else:
                     x_hat = x_hats[i]
                     g = gs[i]
                 dx = rstd * (g - (x_hat * c1 + c2))
-                tl.store(dx_rows + cols[None, :], dx.to(dx_ptr.dtype.element_ty), mask=mask)
+                tl.store(dx_rows + cols[None, :], dx.to(dx_ptr.dtype.element_ty), mask=masks[i])
 
     partial = tl.program_id(0).to(tl.int64) * N
     for i in tl.static_range(CHUNKS):
@@ -224,6 +220,7 @@ def layer_norm_bwd_finalize_kernel(
 def layer_norm_bwd(
     dy: torch.Tensor,
     x: torch.Tensor,
+    normalized_shape: tuple[int, ...],
     mean: torch.Tensor,
     rstd: torch.Tensor,
     weight: torch.Tensor | None,
@@ -233,8 +230,9 @@ def layer_norm_bwd(
     """Run the backward kernels: one for most rows, one more for very long rows, one to finalize.
 
     Args:
-        dy: [M, N] gradient of y, any strides; never written to.
-        x: [M, N] input of the forward, any strides.
+        dy: Gradient of y, of x's shape and any strides; never written to.
+        x: [*, *normalized_shape], the input of the forward, any strides.
+        normalized_shape: The trailing dimensions that form a row.
         mean: [M] row means from the forward.
         rstd: [M] reciprocal standard deviations from the forward.
         weight: N elements, or None.
@@ -242,11 +240,11 @@ def layer_norm_bwd(
         output_mask: Which of dx, dweight and dbias are wanted.
 
     Returns:
-        dx of shape [M, N] in x's dtype, dweight and dbias in the shape and dtype of their
+        dx in x's shape and dtype, contiguous; dweight and dbias in the shape and dtype of their
         parameters; None where not wanted.
     """
-    rows, cols = x.shape
-    dx = torch.empty((rows, cols), dtype=x.dtype, device=x.device) if output_mask[0] else None
+    rows, cols = launch.rows_and_columns(x, normalized_shape)
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if output_mask[0] else None
     want_dweight = weight is not None and output_mask[1]
     want_dbias = bias is not None and output_mask[2]
     make = torch.empty if rows > 0 else torch.zeros
@@ -255,7 +253,7 @@ def layer_norm_bwd(
     if rows == 0 or cols == 0 or not any((output_mask[0], want_dweight, want_dbias)):
         return dx, dweight, dbias
 
-    x, dy = launch.unit_columns(x), launch.unit_columns(dy)
+    x, dy = launch.as_rows(x, rows, cols), launch.as_rows(dy, rows, cols)
     weight = launch.vector(weight)
     arch = launch.architecture(x.device)
     config = backward_config(cols, x.element_size(), arch)
@@ -317,7 +315,8 @@ def layer_norm_bwd(
             **launch.options(tile.num_warps, arch),
         )
         if want_dweight or want_dbias:
-            blocks = triton.cdiv(cols, FINALIZE_COLS)
+            tile = finalize_tile(cols, arch)
+            blocks = triton.cdiv(cols, tile.block_n)
             layer_norm_bwd_finalize_kernel[(blocks, int(want_dweight) + int(want_dbias))](
                 dweight_partial,
                 dbias_partial,
@@ -325,8 +324,8 @@ def layer_norm_bwd(
                 dbias,
                 programs,
                 N=cols,
-                ROWS=FINALIZE_ROWS,
-                COLS=FINALIZE_COLS,
-                **launch.options(FINALIZE_WARPS, arch),
+                ROWS=tile.rows,
+                COLS=tile.block_n,
+                **launch.options(tile.num_warps, arch),
             )
     return dx, dweight, dbias

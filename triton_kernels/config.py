@@ -180,7 +180,7 @@ def backward_config(cols: int, itemsize: int, arch: Architecture) -> BackwardCon
     else:
         form, sums = "split", _looped_tile(itemsize, arch.warp_size)
         threads = 2 * MIN_THREADS
-        tile = RowTile(MIN_THREADS * VECTOR_BYTES // itemsize, 1, 4, threads // arch.warp_size)
+        tile = RowTile(threads * VECTOR_BYTES // itemsize, 1, 2, threads // arch.warp_size)
     stage_bytes = copies * tile.rows * tile.chunks * tile.block_n * itemsize
     # Three stages keep two tiles in flight while one is worked on; a device whose shared memory
     # does not hold them gets two, or none, and float64 has no registers left for a third. The
@@ -207,3 +207,13 @@ def partial_rows(
     least = -(-arch.processors // column_blocks)
     most = -(-arch.processors * config.programs_per_processor // column_blocks)
     return max(1, min(steps, most, max(least, cheap)))
+
+
+def finalize_tile(cols: int, arch: Architecture) -> RowTile:
+    """Return the tile of partial rows that one step of the finalize kernel adds up.
+
+    32 columns are the 128 bytes of a cache line and make enough programs of a narrow row for every
+    processor; a wide row makes enough of them with whole kilobytes.
+    """
+    block = 32 if cols <= 8192 else 256
+    return RowTile(block, 1, 1024 // block, MIN_THREADS // arch.warp_size)

@@ -108,19 +108,18 @@ def layer_norm_fwd_kernel(
                 COMPUTE,
             )
     else:
+        masks = ()
         xs = ()
         for i in tl.static_range(CHUNKS):
             cols = chunk_columns(i, BLOCK_N)
-            mask = tile_mask(rows, M, cols, N, ROWS)
-            xs += (tl.load(x_rows + cols[None, :], mask=mask, other=0.0).to(COMPUTE),)
+            masks += (tile_mask(rows, M, cols, N, ROWS),)
+            xs += (tl.load(x_rows + cols[None, :], mask=masks[i], other=0.0).to(COMPUTE),)
         shift = sum_chunks(xs) / N
         centred = ()
+        residue = tl.zeros((ROWS, BLOCK_N), COMPUTE)
+        squares = tl.zeros((ROWS, BLOCK_N), COMPUTE)
         for i in tl.static_range(CHUNKS):
-            mask = tile_mask(rows, M, chunk_columns(i, BLOCK_N), N, ROWS)
-            centred += (tl.where(mask, xs[i] - shift[:, None], 0.0),)
-        residue = centred[0]
-        squares = centred[0] * centred[0]
-        for i in tl.static_range(1, CHUNKS):
+            centred += (tl.where(masks[i], xs[i] - shift[:, None], 0.0),)
             residue += centred[i]
             squares += centred[i] * centred[i]
         residue_sum, squares_sum = sum_pair(residue, squares, ROWS, BLOCK_N)
@@ -128,8 +127,6 @@ def layer_norm_fwd_kernel(
         var = squares_sum / N - correction * correction
         rstd = tl.rsqrt(var + tl.full((ROWS,), eps, COMPUTE))
         for i in tl.static_range(CHUNKS):
-            cols = chunk_columns(i, BLOCK_N)
-            mask = tile_mask(rows, M, cols, N, ROWS)
             _store_chunk(
                 centred[i],
                 rstd,
@@ -138,8 +135,8 @@ def layer_norm_fwd_kernel(
                 bias_ptr,
                 y_ptr,
                 rows,
-                cols,
-                mask,
+                chunk_columns(i, BLOCK_N),
+                masks[i],
                 N,
                 ROWS,
                 COMPUTE,
@@ -153,6 +150,7 @@ def layer_norm_fwd_kernel(
 
 def layer_norm_fwd(
     x: torch.Tensor,
+    normalized_shape: tuple[int, ...],
     weight: torch.Tensor | None,
     bias: torch.Tensor | None,
     eps: float,
@@ -162,7 +160,9 @@ def layer_norm_fwd(
     """Run the forward kernel.
 
     Args:
-        x: [M, N], any strides; copied once where columns are not adjacent.
+        x: [*, *normalized_shape], any strides; copied once where rows are not evenly spaced or
+            columns not adjacent.
+        normalized_shape: The trailing dimensions that form a row.
         weight: N elements of any float dtype, or None.
         bias: N elements of any float dtype, or None.
         eps: Added to the variance.
@@ -170,18 +170,18 @@ def layer_norm_fwd(
         save_stats: Whether mean and rstd are wanted.
 
     Returns:
-        y of shape [M, N], contiguous; mean and rstd of shape [M] in the compute dtype, or None.
+        y of x's shape, contiguous; mean and rstd of shape [M] in the compute dtype, or None.
     """
-    rows, cols = x.shape
+    rows, cols = launch.rows_and_columns(x, normalized_shape)
     compute = launch.compute_dtype(x.dtype)
-    y = torch.empty((rows, cols), dtype=out_dtype, device=x.device)
+    y = torch.empty(x.shape, dtype=out_dtype, device=x.device)
     mean = rstd = None
     if save_stats:
         mean = torch.empty(rows, dtype=compute, device=x.device)
         rstd = torch.empty_like(mean)
     if y.numel() == 0:
         return y, mean, rstd
-    x = launch.unit_columns(x)
+    x = launch.as_rows(x, rows, cols)
     stride = launch.row_stride(x)
     arch = launch.architecture(x.device)
     config = forward_config(cols, x.element_size(), arch)

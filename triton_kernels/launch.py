@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from functools import cache
 
 import torch
@@ -55,9 +56,15 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def unit_columns(x: torch.Tensor) -> torch.Tensor:
-    """Return [M, N] `x` with adjacent columns: itself where they are, one copy elsewhere."""
-    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+def rows_and_columns(x: torch.Tensor, normalized_shape: tuple[int, ...]) -> tuple[int, int]:
+    """Return M and N."""
+    return math.prod(x.shape[: x.dim() - len(normalized_shape)]), math.prod(normalized_shape)
+
+
+def as_rows(x: torch.Tensor, rows: int, cols: int) -> torch.Tensor:
+    """Return `x` as [M, N] with adjacent columns: a view where its strides allow one, else a copy."""
+    x = x.reshape(rows, cols)
+    return x if x.stride(1) == 1 or cols == 1 else x.contiguous()
 
 
 def row_stride(x: torch.Tensor) -> int:

@@ -1,0 +1,58 @@
+"""What the kernels were launched with: the one place where tests look behind the public API."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+
+@dataclass
+class Launch:
+    """One launch: the kernel's name, its arguments by name, and the launch options."""
+
+    kernel: str
+    arguments: dict[str, Any]
+    options: dict[str, Any]
+
+
+class _Spy:
+    """Stands in for a kernel; notes each launch, then lets it happen unless told otherwise."""
+
+    def __init__(self, name: str, kernel: Any, launches: list[Launch], execute: bool) -> None:
+        self.kernel = kernel
+        self._name, self._launches, self._execute = name, launches, execute
+        self._signature = inspect.signature(kernel.fn)
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def launch(*args: Any, **kwargs: Any) -> None:
+            own = {name: kwargs[name] for name in kwargs if name in self._signature.parameters}
+            options = {name: value for name, value in kwargs.items() if name not in own}
+            arguments = self._signature.bind(*args, **own).arguments
+            self._launches.append(Launch(self._name, dict(arguments), options))
+            if self._execute:
+                self.kernel[grid](*args, **kwargs)
+
+        return launch
+
+
+def kernels_of_package() -> dict[str, tuple[Any, Any]]:
+    """Return every kernel of the package by name, each with the module that launches it."""
+    from fusednorm.triton_kernels import backward, forward
+
+    return {
+        name: (module, kernel)
+        for module in (forward, backward)
+        for name, kernel in vars(module).items()
+        if name.endswith("_kernel")
+    }
+
+
+def record_launches(monkeypatch: pytest.MonkeyPatch, *, execute: bool = True) -> list[Launch]:
+    """Return a list that every launch from now on is appended to; with `execute` False, instead."""
+    launches: list[Launch] = []
+    for name, (module, kernel) in kernels_of_package().items():
+        monkeypatch.setattr(module, name, _Spy(name, kernel, launches, execute))
+    return launches

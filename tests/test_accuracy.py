@@ -1,0 +1,126 @@
+"""Promise 2: no further from the truth than torch in the same dtype, plus one rounding."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import DTYPES, Case, assert_accurate, make_case, oracle, run
+
+import fusednorm
+from fusednorm import reference
+
+COLS = (1, 2, 3, 5, 17, 31, 33, 127, 769, 1000, 1023, 1025, 3000, 4097, 8193, 12288, 65536)
+MEANS = (0.0, 1000.0, 40000.0)
+AFFINE = ((True, True), (True, False), (False, True), (False, False))
+
+# Enough elements of every tensor, dweight included, for the largest error to be a property of the
+# arithmetic and not of the draw.
+ELEMENTS = 1024
+
+
+def _draws(cols: int) -> int:
+    return max(1, min(8, ELEMENTS // cols))
+
+
+def _rows(cols: int) -> int:
+    """Several row blocks of a short row, more rows than programs of a long one."""
+    return 37 if cols < 200 else 5
+
+
+@pytest.mark.parametrize("mean", MEANS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("cols", COLS)
+def test_error_is_at_most_that_of_torch(
+    kernels: torch.device, cols: int, dtype: torch.dtype, mean: float
+) -> None:
+    """Forward and every gradient, with weight and bias."""
+    assert_accurate(
+        lambda: make_case(_rows(cols), cols, dtype, kernels, mean=mean), draws=_draws(cols)
+    )
+
+
+@pytest.mark.parametrize("affine", AFFINE[1:], ids=["weight", "bias", "none"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("cols", [3, 769, 1024, 4097, 12288, 20000])
+def test_error_without_weight_or_bias(
+    kernels: torch.device, cols: int, dtype: torch.dtype, affine: tuple[bool, bool]
+) -> None:
+    """A parameter that is absent changes no other result's accuracy."""
+    weight, bias = affine
+    assert_accurate(
+        lambda: make_case(_rows(cols), cols, dtype, kernels, weight=weight, bias=bias, mean=3.0),
+        draws=_draws(cols),
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("cols", [5, 769, 1024])
+def test_reference_is_accurate(device: torch.device, cols: int, dtype: torch.dtype) -> None:
+    """The plain-torch equation keeps the same budget, with means that cancel."""
+
+    def reference_layer_norm(
+        x: torch.Tensor,
+        shape: tuple[int, ...],
+        weight: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        eps: float,
+    ) -> torch.Tensor:
+        return reference.layer_norm(x, shape, weight, bias, eps, x.dtype)
+
+    for mean in MEANS:
+        assert_accurate(
+            lambda mean=mean: make_case(37, cols, dtype, device, mean=mean),
+            ours=reference_layer_norm,
+            draws=_draws(cols),
+        )
+
+
+def test_many_rows(kernels: torch.device) -> None:
+    """dweight and dbias add up thousands of rows over many programs without losing digits."""
+    assert_accurate(lambda: make_case(4099, 96, torch.float32, kernels), draws=4)
+
+
+def test_variance_of_the_hardest_rows(kernels: torch.device) -> None:
+    """Rows on which E[x^2] - E[x]^2 gives NaN or nonsense."""
+    rows = [
+        torch.arange(40000.0, 40004.0),
+        torch.arange(80000.0, 80004.0),
+        2000 + torch.randn(4),
+        1449.5 + 0.25 * torch.arange(4.0),
+    ]
+    x = torch.stack(rows).to(kernels)
+    y = fusednorm.layer_norm(x, 4)
+    truth = F.layer_norm(x.double(), (4,))
+    assert (y - truth).abs().max() <= 2 * torch.finfo(torch.float32).eps * truth.abs().max()
+
+
+def test_oracle_is_the_derivative_of_torch(device: torch.device) -> None:
+    """The oracle of all these tests agrees with torch's float64 autograd."""
+    case = make_case((3, 5), 12, torch.float64, device)
+    theirs = run(F.layer_norm, case)
+    truth = oracle(case)
+    for name, tensor in theirs.items():
+        difference = abs(tensor.cpu().numpy() - truth[name]).max()
+        assert difference < 1e-13, name
+
+
+def test_budget_rejects_a_float16_mean(device: torch.device) -> None:
+    """The budget is tight: rounding the mean to float16 is already too much."""
+
+    def sloppy(
+        x: torch.Tensor,
+        shape: tuple[int, ...],
+        weight: torch.Tensor,
+        bias: torch.Tensor,
+        eps: float,
+    ) -> torch.Tensor:
+        mean = x.mean(-1, keepdim=True).half().float()
+        var = (x - mean).square().mean(-1, keepdim=True)
+        return (x - mean) * (var + eps).rsqrt() * weight + bias
+
+    def draw() -> Case:
+        return make_case(8, 256, torch.float32, device, mean=3.0)
+
+    with pytest.raises(AssertionError, match="exceeds"):
+        assert_accurate(draw, ours=sloppy)
