@@ -161,6 +161,6 @@ def layer_norm(
         return LayerNormFunction.apply(  # type: ignore[no-any-return,no-untyped-call]
             input, weight, bias, normalized_shape, eps, out_dtype
         )
-    return ops.kernels_fwd(
-        input, normalized_shape, weight, bias, eps, out_dtype, save_stats=False
-    )[0]
+    return ops.kernels_fwd(input, normalized_shape, weight, bias, eps, out_dtype, save_stats=False)[
+        0
+    ]

@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from fusednorm.modules import LayerNorm
+from fusednorm.validation import fail
 
 REPLACEMENTS: dict[type[nn.Module], type[nn.Module]] = {nn.LayerNorm: LayerNorm}
 
@@ -142,7 +143,7 @@ def restore_norms(model: nn.Module) -> Report:
 def _norms(operation: str, model: nn.Module) -> _Norms:
     """Every norm of the model, each once, with all its names."""
     if not isinstance(model, nn.Module):
-        raise TypeError(f"{operation}: expected model to be an nn.Module, got {model!r:.200}")
+        fail(operation, "model to be an nn.Module", f"{model!r:.200}", TypeError)
     norms: _Norms = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if _is_norm(module):
@@ -169,10 +170,8 @@ def _selected(argument: str, selection: Selection, norms: _Norms) -> set[nn.Modu
             # Most likely misspelt, and a norm swapped that was to be kept would go unnoticed.
             known = [name for names in norms.values() for name in names]
             shown = known if len(known) <= 8 else [*known[:8], "..."]
-            raise ValueError(
-                f"replace_norms: expected {argument} pattern {glob!r} to match a norm of the "
-                f"model, got none of {shown}"
-            )
+            expected = f"{argument} pattern {glob!r} to match a norm of the model"
+            fail("replace_norms", expected, f"none of {shown}")
         selected |= matched
     return selected
 
@@ -183,10 +182,8 @@ def _globs(argument: str, selection: Selection) -> tuple[str, ...]:
         globs = tuple(globs)
         if all(isinstance(glob, str) for glob in globs):
             return globs
-    raise TypeError(
-        f"replace_norms: expected {argument} to be None, a glob, an iterable of globs or a "
-        f"callable, got {globs!r:.200}"
-    )
+    expected = f"{argument} to be None, a glob, an iterable of globs or a callable"
+    fail("replace_norms", expected, f"{globs!r:.200}", TypeError)
 
 
 def _why_not_swappable(norm: nn.Module) -> str | None:

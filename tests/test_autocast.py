@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import Case, Result, assert_accurate, make_case, oracle, run, run_torch
+from helpers import Case, Result, assert_accurate, make_case, run
 from spies import Launch, record_launches
 from torch import Tensor, nn
 
@@ -46,10 +46,12 @@ def autocast(kernels: torch.device, monkeypatch: pytest.MonkeyPatch) -> Iterator
         yield
 
 
-def casted(case: Case, dtype: torch.dtype) -> Case:
-    """Return the case with the parameters in another dtype."""
-    parameters = (None if p is None else p.to(dtype) for p in (case.weight, case.bias))
-    return Case(case.x, *parameters, case.dy)
+def mixed(dtype: torch.dtype, parameters: torch.dtype, device: torch.device) -> Case:
+    """Draw a case with the parameters in a dtype of their own."""
+    case = make_case(3, 40, dtype, device)
+    assert case.weight is not None
+    assert case.bias is not None
+    return Case(case.x, case.weight.to(parameters), case.bias.to(parameters), case.dy)
 
 
 def dtypes(result: Result) -> dict[str, torch.dtype]:
@@ -73,38 +75,41 @@ def test_devices_whose_autocast_runs_layer_norm_in_float32() -> None:
 def test_as_nn_layer_norm(
     device: torch.device, backend: str, dtype: torch.dtype, parameters: torch.dtype
 ) -> None:
-    """Output, gradients and all dtypes are those of nn.LayerNorm, wherever it takes the dtypes."""
-    case = casted(make_case(3, 40, dtype, device), parameters)
+    """Values, gradients and all dtypes are those of nn.LayerNorm, wherever it takes the mix."""
+    case = mixed(dtype, parameters, device)
     with backends.use(backend), torch.autocast(device.type, BF16):
         ours = run(layer_norm, case)
         try:
-            torchs = run_torch(case)
+            torchs = run(F.layer_norm, case)
         except RuntimeError:
-            # What torch refuses keeps the dtype of x.
+            # On CPU torch refuses parameters of another dtype, but for float32 beside a half.
+            assert device.type == "cpu"
             assert dtypes(ours) == {"y": dtype, "dx": dtype} | dict.fromkeys(
                 ("dweight", "dbias"), parameters
             )
-            return
-    assert dtypes(ours) == dtypes(torchs)
-    assert_accurate(ours, torchs, oracle(case))
+        else:
+            assert dtypes(ours) == dtypes(torchs)
+            assert_accurate(lambda: mixed(dtype, parameters, device), draws=4)
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
 def test_float32_from_half_precision(
     launches: list[Launch], autocast: None, kernels: torch.device, dtype: torch.dtype
 ) -> None:
-    """The result is that of float32 from x as it is, and each gradient has its tensor's dtype."""
-    case = casted(make_case(3, 40, dtype, kernels), F32)
-    case.dy = make_case(3, 40, F32, kernels).dy
-    ours = run(layer_norm, case)
-    assert dtypes(ours) == {"y": F32, "dx": dtype, "dweight": F32, "dbias": F32}
-    with torch.autocast(kernels.type, enabled=False):
-        torchs = run(lambda x, *rest: F.layer_norm(x.float(), *rest), case)
-    assert_accurate(ours, torchs, oracle(case))
-    assert {launch.kernel for launch in launches} >= {
-        "layer_norm_fwd_kernel",
-        "layer_norm_bwd_kernel",
-    }
+    """The result is float32's from x as it is, and each gradient has the dtype of its tensor."""
+
+    def float32(x: Tensor, *rest: object) -> Tensor:
+        with torch.autocast(kernels.type, enabled=False):
+            return F.layer_norm(x.float(), *rest)
+
+    def draw() -> Case:
+        case = mixed(dtype, F32, kernels)
+        case.dy = torch.randn_like(case.dy, dtype=F32)
+        return case
+
+    assert dtypes(run(layer_norm, draw())) == {"y": F32, "dx": dtype, "dweight": F32, "dbias": F32}
+    assert {"layer_norm_fwd_kernel", "layer_norm_bwd_kernel"} <= {l.kernel for l in launches}
+    assert_accurate(draw, theirs=float32, draws=4)
 
 
 def test_no_cast_of_x(launches: list[Launch], autocast: None, kernels: torch.device) -> None:
@@ -182,10 +187,11 @@ def test_compiled(autocast: None, kernels: torch.device) -> None:
     torch._dynamo.reset()
 
 
+# torch scripts functions of its own when forward mode is first used.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 def test_under_transforms(autocast: None, kernels: torch.device) -> None:
     """vmap and forward mode give the dtype that a plain call gives."""
     x, tangent = (torch.randn(2, 3, 8, dtype=BF16, device=kernels) for _ in range(2))
     assert torch.func.vmap(lambda x: layer_norm(x, 8))(x).dtype == F32
-    with pytest.warns(DeprecationWarning) if False else torch.no_grad():
-        y, dy = torch.func.jvp(lambda x: layer_norm(x, 8), (x,), (tangent,))
+    y, dy = torch.func.jvp(lambda x: layer_norm(x, 8), (x,), (tangent,))
     assert (y.dtype, dy.dtype) == (F32, F32)

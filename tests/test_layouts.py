@@ -12,14 +12,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from fusednorm.triton_kernels import backward, launch
-from fusednorm.triton_kernels.config import backward_config, forward_config
 from helpers import (
     DTYPES,
     INTERPRETED,
     Case,
     Function,
-    assert_accurate,
+    Result,
     errors,
     make_case,
     oracle,
@@ -30,6 +28,8 @@ from torch import Tensor
 
 import fusednorm
 from fusednorm import reference
+from fusednorm.triton_kernels import backward, launch
+from fusednorm.triton_kernels.config import RowTile, backward_config, forward_config
 
 BATCH = (8, 15)
 COLS = (16, 17)
@@ -131,7 +131,27 @@ def _in_torch(
 def _few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the finalize kernel take wide blocks where every program costs milliseconds."""
     if INTERPRETED:
-        monkeypatch.setattr(backward, "FINALIZE_COLS", 1024)
+        monkeypatch.setattr(backward, "finalize_tile", lambda *_: RowTile(1024, 1, 1, 4))
+
+
+# One draw of a few elements tells no finer difference from torch's accuracy, which has tests of its
+# own; an element read from or written to a wrong place is off by its whole size.
+SLACK = 4
+
+
+def _assert_right(
+    case: Case, ours: Function = fusednorm.layer_norm, theirs: Function = F.layer_norm
+) -> None:
+    """Assert that y and every gradient are right to within a few roundings."""
+    _assert_close_to(oracle(case), run(ours, case), run(theirs, case))
+
+
+def _assert_close_to(truth: dict[str, np.ndarray], ours: Result, theirs: Result) -> None:
+    truth = {name: truth[name] for name in ours}
+    torch_errors = errors({name: theirs[name] for name in ours}, truth)
+    for name, error in errors(ours, truth).items():
+        budget = SLACK * (torch_errors[name] + rounding(ours[name].dtype, truth[name]))
+        assert error <= budget, f"{name}: error {error:.3g} exceeds {budget:.3g}"
 
 
 # Layouts
@@ -147,7 +167,7 @@ def test_layouts_of_x_and_dy(
     case = make_case(BATCH, cols, torch.float32, kernels)
     case = replace(case, x=LAYOUTS[x_layout](case.x), dy=LAYOUTS[dy_layout](case.dy))
     with _untouched(case.x, case.weight, case.bias, case.dy):
-        assert_accurate(lambda: case)
+        _assert_right(case)
 
 
 @pytest.mark.parametrize("cols", COLS)
@@ -157,7 +177,7 @@ def test_layouts_in_half_precision(kernels: torch.device, layout: str, cols: int
     case = make_case(BATCH, cols, torch.bfloat16, kernels)
     case = replace(case, x=LAYOUTS[layout](case.x), dy=LAYOUTS[layout](case.dy))
     with _untouched(case.x, case.dy):
-        assert_accurate(lambda: case)
+        _assert_right(case)
 
 
 @pytest.mark.parametrize("cols", COLS)
@@ -170,7 +190,7 @@ def test_layouts_of_weight_and_bias(kernels: torch.device, layout: str, cols: in
     lay_out = PARAMETER_LAYOUTS[layout]
     case = replace(case, weight=lay_out(case.weight), bias=lay_out(case.bias))
     with _untouched(case.weight, case.bias):
-        assert_accurate(lambda: case)
+        _assert_right(case)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -238,11 +258,10 @@ def test_ranks(
 ) -> None:
     """Ranks 1 to 5 with one to three normalised dimensions, with and without parameters."""
     weight, bias = affine
-    assert_accurate(
-        lambda: make_case(batch, 12, torch.float32, kernels, weight=weight, bias=bias),
+    _assert_right(
+        make_case(batch, 12, torch.float32, kernels, weight=weight, bias=bias),
         ours=_over(shape, fusednorm.layer_norm),
         theirs=_over(shape, F.layer_norm),
-        draws=4,
     )
 
 
@@ -261,11 +280,10 @@ def test_strided_normalised_dimensions(
     kernels: torch.device, relayout: Layout, shape: tuple[int, ...]
 ) -> None:
     """Normalised dimensions need not be adjacent in memory, nor the others behind them."""
-    assert_accurate(
-        lambda: make_case((4, 5), 12, torch.float32, kernels),
+    _assert_right(
+        make_case((4, 5), 12, torch.float32, kernels),
         ours=_over(shape, fusednorm.layer_norm, relayout),
         theirs=_over(shape, F.layer_norm, relayout),
-        draws=4,
     )
 
 
@@ -330,20 +348,19 @@ def test_one_column(kernels: torch.device, layout: str, dtype: torch.dtype) -> N
 
 
 @pytest.mark.parametrize("delta", [-1, 0, 1])
-@pytest.mark.parametrize("cols", [5, 100, 600])
+@pytest.mark.parametrize("cols", [5, 100])
 @pytest.mark.parametrize("around", ["row block", "processors", "all programs"])
 def test_row_counts(kernels: torch.device, around: str, cols: int, delta: int) -> None:
     """Rows that fill no block and no wave of programs are neither dropped nor counted twice."""
     arch = launch.architecture(kernels)
     config = backward_config(cols, 4, arch)
+    assert config.tile.rows > 1
     blocks = {
         "row block": 1,
         "processors": arch.processors,
         "all programs": arch.processors * config.programs_per_processor,
     }[around]
-    # "all programs" of many short rows would be thousands of rows in the interpreter.
-    rows = blocks * (config.tile.rows if around == "row block" or cols == 600 else 1) + delta
-    assert_accurate(lambda: make_case(max(rows, 1), cols, torch.float32, kernels), draws=4)
+    _assert_right(make_case(blocks * config.tile.rows + delta, cols, torch.float32, kernels))
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 9])
@@ -353,7 +370,7 @@ def test_fewer_long_rows_than_programs(
     """One row per program, from one program to more rows than programs."""
     _few_programs(monkeypatch)
     assert backward_config(2050, 4, launch.architecture(kernels)).tile.rows == 1
-    assert_accurate(lambda: make_case(rows, 2050, torch.float32, kernels))
+    _assert_right(make_case(rows, 2050, torch.float32, kernels))
 
 
 @pytest.mark.skipif(INTERPRETED, reason="hundreds of programs take minutes in the interpreter")
@@ -364,8 +381,8 @@ def test_more_rows_than_a_grid_axis(
 ) -> None:
     """The second and third axis of a grid end at 65535; M does not."""
     weight, bias = affine
-    assert_accurate(
-        lambda: make_case(rows, 128, torch.float32, kernels, weight=weight, bias=bias),
+    _assert_right(
+        make_case(rows, 128, torch.float32, kernels, weight=weight, bias=bias),
         ours=_over((8, 16), fusednorm.layer_norm),
         theirs=_over((8, 16), _in_torch),
     )
@@ -383,8 +400,12 @@ class _GuardedMemory:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.buffers: list[Tensor] = []
         monkeypatch.setattr(torch, "empty", self._empty)
-        monkeypatch.setattr(torch, "empty_like", lambda like: self._like(like, like.shape))
-        monkeypatch.setattr(Tensor, "new_empty", self._like)
+
+        def like(tensor: Tensor, *size: Any, device: torch.device | None = None) -> Tensor:
+            return self._empty(*size, dtype=tensor.dtype, device=device or tensor.device)
+
+        monkeypatch.setattr(torch, "empty_like", lambda tensor: like(tensor, tensor.shape))
+        monkeypatch.setattr(Tensor, "new_empty", like)
 
     def _empty(self, *size: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
         shape = size[0] if isinstance(size[0], Sequence) else size
@@ -392,9 +413,6 @@ class _GuardedMemory:
         buffer = torch.full((numel + 2 * PAD,), SENTINEL, dtype=dtype, device=device)
         self.buffers.append(buffer)
         return buffer[PAD : PAD + numel].fill_(math.nan).view(shape)
-
-    def _like(self, like: Tensor, *size: Any, device: Any = None) -> Tensor:
-        return self._empty(*size, dtype=like.dtype, device=device or like.device)
 
     def assert_holds(self, *tensors: Tensor) -> None:
         """Assert that the tensors lie in guarded memory: else nothing was guarded."""
@@ -444,7 +462,8 @@ def test_nothing_outside_the_tensors_is_read_or_written(
     config = forward_config(cols, itemsize, arch)
     assert (config.tile.rows > 1, config.looped) == (several, looped)
     assert form in (None, backward_config(cols, itemsize, arch).form)
-    _few_programs(monkeypatch)
+    if cols > 1000:
+        _few_programs(monkeypatch)
 
     drawn = make_case(rows, cols, dtype, kernels)
     assert drawn.weight is not None
@@ -468,10 +487,7 @@ def test_nothing_outside_the_tensors_is_read_or_written(
     memory.assert_holds(*results.values())
     memory.assert_intact()
 
-    ours = errors(results, {name: truth[name] for name in results})
-    theirs = errors(torchs, truth)
-    for name, error in ours.items():
-        assert error <= theirs[name] + rounding(results[name].dtype, truth[name]), name
+    _assert_close_to(truth, results, torchs)
 
 
 def _far_apart(values: Tensor, stride: int) -> Tensor:
@@ -497,7 +513,7 @@ def _far_apart(values: Tensor, stride: int) -> Tensor:
 def test_rows_beyond_int32(kernels: torch.device, strided: str, rows: int, stride: int) -> None:
     """Offsets of rows are 64 bits wide; only the rows themselves are ever in memory."""
     case = make_case(rows, 100, torch.bfloat16, kernels)
-    assert_accurate(lambda: replace(case, **{strided: _far_apart(getattr(case, strided), stride)}))
+    _assert_right(replace(case, **{strided: _far_apart(getattr(case, strided), stride)}))
 
 
 # Dtypes
@@ -511,15 +527,14 @@ def test_mixed_dtypes(
 ) -> None:
     """Every mix is taken: y has the dtype of x, and each gradient that of its tensor."""
 
-    def draw() -> Case:
-        case = make_case(BATCH, 17, x, kernels)
-        assert case.weight is not None
-        assert case.bias is not None
-        return replace(case, weight=case.weight.to(weight), bias=case.bias.to(bias))
-
-    dtypes = {name: tensor.dtype for name, tensor in run(fusednorm.layer_norm, draw()).items()}
+    case = make_case(BATCH, 17, x, kernels)
+    assert case.weight is not None
+    assert case.bias is not None
+    case = replace(case, weight=case.weight.to(weight), bias=case.bias.to(bias))
+    results = run(fusednorm.layer_norm, case)
+    dtypes = {name: tensor.dtype for name, tensor in results.items()}
     assert dtypes == {"y": x, "dx": x, "dweight": weight, "dbias": bias}
-    assert_accurate(draw, theirs=_in_torch)
+    _assert_close_to(oracle(case), results, run(_in_torch, case))
 
 
 # Values
@@ -536,6 +551,11 @@ def _assert_non_finite_as_torch(case: Case) -> None:
         assert torch.equal(ours[name][1], inf), f"inf in {name}"
 
 
+# NumPy, beneath the interpreter, warns of what the GPU does silently.
+quiet = pytest.mark.filterwarnings("ignore:(invalid value|divide by zero|overflow):RuntimeWarning")
+
+
+@quiet
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("cols", [5, 100])
 @pytest.mark.parametrize(
@@ -552,6 +572,7 @@ def test_non_finite_x(
     assert y.isnan().any(1).nonzero().flatten().tolist() == [2]
 
 
+@quiet
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("tensor", ["weight", "bias", "dy"])
 def test_non_finite_weight_bias_or_dy(kernels: torch.device, tensor: str, value: float) -> None:
@@ -564,6 +585,7 @@ def test_non_finite_weight_bias_or_dy(kernels: torch.device, tensor: str, value:
         assert torch.equal(ours[name].isfinite(), expected.isfinite()), name
 
 
+@quiet
 def test_float16_overflow_of_y_as_in_torch(kernels: torch.device) -> None:
     """A y beyond the range of float16 is an inf of the right sign."""
     case = make_case(7, 12, torch.float16, kernels)
@@ -580,12 +602,8 @@ def test_float16_overflow_of_y_as_in_torch(kernels: torch.device) -> None:
 def test_float16_up_to_its_range(kernels: torch.device, cols: int) -> None:
     """Squares and sums of large float16 values do not overflow."""
 
-    def draw() -> Case:
-        case = make_case(7, cols, torch.float16, kernels)
-        large = 6e4 * torch.rand_like(case.x, dtype=torch.float32).sub(0.5).sign()
-        return replace(case, x=torch.where(case.x > 0, large.to(torch.float16), case.x * 2e4))
-
-    assert_accurate(draw, draws=2)
+    case = make_case(7, cols, torch.float16, kernels)
+    _assert_right(replace(case, x=(6e4 * case.x.sign() - 5e3 * case.x.abs()).clamp(-6e4, 6e4)))
 
 
 @pytest.mark.parametrize("value", [0.0, 2.0, -0.1, 1e4, 5e-7])
@@ -599,7 +617,7 @@ def test_constant_rows(kernels: torch.device, cols: int, dtype: torch.dtype, val
     assert torch.equal(
         fusednorm.layer_norm(case.x, cols, case.weight, case.bias), case.bias.expand(7, cols)
     )
-    assert_accurate(lambda: case)
+    _assert_right(case)
 
 
 @pytest.mark.parametrize("factor", [0.0, 1e-30, 1e-7, -1.0, -1e4])
@@ -607,35 +625,32 @@ def test_constant_rows(kernels: torch.device, cols: int, dtype: torch.dtype, val
 def test_gamma_zero_tiny_negative(kernels: torch.device, dtype: torch.dtype, factor: float) -> None:
     """The gradients use the weight as it is, however small; a zero weight makes dx zero."""
 
-    def draw() -> Case:
-        case = make_case(BATCH, 12, dtype, kernels)
-        assert case.weight is not None
-        return replace(case, weight=case.weight * factor)
-
-    assert_accurate(draw, draws=2)
+    case = make_case(BATCH, 12, dtype, kernels)
+    assert case.weight is not None
+    case = replace(case, weight=case.weight * factor)
+    _assert_right(case)
     if factor == 0:
-        result = run(fusednorm.layer_norm, draw())
+        result = run(fusednorm.layer_norm, case)
         assert not result["dx"].any()
         assert result["dweight"].all()
 
 
+@quiet
 @pytest.mark.parametrize("eps", [0.0, 1e-12, 1e-1, 1, 1e-300])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
 def test_eps(kernels: torch.device, dtype: torch.dtype, eps: float) -> None:
     """Every eps counts as given, zero as zero."""
-    assert_accurate(lambda: replace(make_case(BATCH, 12, dtype, kernels), eps=eps), draws=2)
+    _assert_right(replace(make_case(BATCH, 12, dtype, kernels), eps=eps))
 
 
 def test_small_eps_of_small_rows(kernels: torch.device) -> None:
     """Where the variance is as small as eps, eps decides the result in all its digits."""
 
-    def draw() -> Case:
-        case = make_case(BATCH, 12, torch.float64, kernels)
-        return replace(case, x=case.x * 1e-6, eps=1e-12)
-
-    assert_accurate(draw, draws=2)
+    case = make_case(BATCH, 12, torch.float64, kernels)
+    _assert_right(replace(case, x=case.x * 1e-6, eps=1e-12))
 
 
+@quiet
 @pytest.mark.parametrize("eps", [0.0, -0.5, -4.0])
 def test_rows_whose_variance_eps_takes_away(kernels: torch.device, eps: float) -> None:
     """A sum of variance and eps that is zero or negative gives NaN where torch gives it."""
@@ -674,6 +689,5 @@ def test_large_mean_and_small_variance(kernels: torch.device, name: str) -> None
     truth = oracle(case)["y"]
     ours = errors({"y": y}, {"y": truth})["y"]
     torchs = errors({"y": F.layer_norm(x, x.shape[-1:])}, {"y": truth})["y"]
-    # Half a unit of x relative to its spread is what no arithmetic in x's dtype can avoid.
     assert ours <= torchs + rounding(x.dtype, truth)
     assert np.abs(truth).max() > 1

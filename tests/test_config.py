@@ -1,0 +1,281 @@
+"""The launch policy: what holds for every row length, dtype and device."""
+
+from __future__ import annotations
+
+import inspect
+from itertools import pairwise
+
+import pytest
+
+from fusednorm.triton_kernels import config
+from fusednorm.triton_kernels.config import (
+    MAX_THREADS,
+    MIN_BLOCK_BYTES,
+    MIN_THREADS,
+    VECTOR_BYTES,
+    Architecture,
+    BackwardConfig,
+    RowTile,
+    backward_config,
+    finalize_tile,
+    forward_config,
+    partial_rows,
+    vector_elements,
+)
+
+ARCHITECTURES = {
+    "sm_80": Architecture(32, 108, 166912, 65536),
+    "sm_86": Architecture(32, 82, 101376, 65536),
+    "sm_90": Architecture(32, 132, 232448, 65536),
+    "gfx942": Architecture(64, 304, 65536, 0),
+    "interpreter": Architecture(32, 4, 232448, 0),
+}
+ITEMSIZES = (2, 4, 8)
+POWERS = tuple(2**i for i in range(21))
+COLS = sorted(
+    {n for power in POWERS for n in (power - 1, power, power + 1, 3 * power // 2) if n > 0}
+    | set(range(1, 300))
+    | {384, 768, 769, 1000, 1536, 1600, 2560, 3000, 5120, 5140, 6144, 7168, 10000, 12288, 12289}
+    | {14336, 18432, 20480, 24576, 28672, 40960, 49152, 100000, 131072, 262144}
+)
+ROWS = sorted({*range(1, 70), 100, 131, 132, 133, 199, 255, 256, 257, 1000, 4096, 65537, 10**6})
+
+every_device = pytest.mark.parametrize("arch", ARCHITECTURES.values(), ids=ARCHITECTURES)
+every_itemsize = pytest.mark.parametrize("itemsize", ITEMSIZES)
+
+# Shared memory that the compiler needs for reductions, beside the stages of the pipeline.
+REDUCTION_BYTES = 1024
+
+
+def _is_power_of_two(n: int) -> bool:
+    return n > 0 and n & (n - 1) == 0
+
+
+def _tiles(cols: int, itemsize: int, arch: Architecture) -> dict[str, RowTile]:
+    """Return every tile of a row that the kernels of one forward and backward work on."""
+    backward = backward_config(cols, itemsize, arch)
+    tiles = {
+        "forward": forward_config(cols, itemsize, arch).tile,
+        "backward": backward.tile,
+        "sums": backward.sums,
+        "finalize": finalize_tile(cols, arch),
+    }
+    return {name: tile for name, tile in tiles.items() if tile is not None}
+
+
+def _resident(cols: int, itemsize: int, arch: Architecture) -> dict[str, RowTile]:
+    """Return the tiles that hold whole rows, not a step of a loop or a block of columns."""
+    forward = forward_config(cols, itemsize, arch)
+    backward = backward_config(cols, itemsize, arch)
+    tiles = {} if forward.looped else {"forward": forward.tile}
+    return tiles if backward.form == "split" else tiles | {"backward": backward.tile}
+
+
+@every_device
+@every_itemsize
+def test_tile_covers_the_row(itemsize: int, arch: Architecture) -> None:
+    """No column is left out, and no chunk lies wholly behind the end of the row."""
+    for cols in COLS:
+        for name, tile in _resident(cols, itemsize, arch).items():
+            assert tile.chunks * tile.block_n >= cols, (cols, name)
+            assert (tile.chunks - 1) * tile.block_n < cols, (cols, name)
+
+
+@every_device
+@every_itemsize
+def test_few_lanes_are_idle(itemsize: int, arch: Architecture) -> None:
+    """Under a quarter of a tile is padding, except in rows of a few sectors."""
+    for cols in COLS:
+        for name, tile in _resident(cols, itemsize, arch).items():
+            lanes = tile.chunks * tile.block_n
+            if tile.block_n * itemsize > MIN_BLOCK_BYTES or cols * itemsize > 4 * MIN_BLOCK_BYTES:
+                assert 4 * (lanes - cols) < lanes, (cols, name)
+
+
+@every_device
+@every_itemsize
+def test_idle_lanes_of_short_rows_share_a_sector(itemsize: int, arch: Architecture) -> None:
+    """Padding beyond a quarter is never a whole block of it."""
+    for cols in COLS:
+        for name, tile in _resident(cols, itemsize, arch).items():
+            assert (tile.chunks * tile.block_n - cols) * itemsize < max(
+                MIN_BLOCK_BYTES, cols * itemsize / 3 + 1
+            ), (cols, name)
+
+
+@every_device
+@every_itemsize
+def test_programs_are_launchable(itemsize: int, arch: Architecture) -> None:
+    """Every size is a power of two, and a program has 128 to 512 threads on any warp size."""
+    for cols in COLS:
+        for name, tile in _tiles(cols, itemsize, arch).items():
+            for size in (tile.block_n, tile.rows, tile.num_warps):
+                assert _is_power_of_two(size), (cols, name, tile)
+            assert tile.chunks >= 1, (cols, name)
+            assert MIN_THREADS <= tile.num_warps * arch.warp_size <= MAX_THREADS, (cols, name)
+
+
+@every_device
+@every_itemsize
+def test_threads_have_work_and_registers_for_it(itemsize: int, arch: Architecture) -> None:
+    """A thread moves at least one vector of a full tile and holds at most 64 registers of a row."""
+    for cols in COLS:
+        for name, tile in _tiles(cols, itemsize, arch).items():
+            elements = tile.rows * tile.chunks * tile.block_n
+            per_thread = elements / (tile.num_warps * arch.warp_size)
+            registers = per_thread * max(1, itemsize // 4)
+            assert registers <= 64, (cols, name)
+            if name in ("forward", "backward") and cols * itemsize >= VECTOR_BYTES:
+                assert per_thread * itemsize >= VECTOR_BYTES, (cols, name)
+
+
+@every_device
+@every_itemsize
+def test_forms_follow_each_other(itemsize: int, arch: Architecture) -> None:
+    """A longer row never goes back to a form for shorter ones; only the split form has sums."""
+    order = ("resident", "reload", "split")
+    forms = [backward_config(cols, itemsize, arch) for cols in COLS]
+    ranks = [order.index(form.form) for form in forms]
+    assert ranks == sorted(ranks)
+    assert {order[rank] for rank in ranks} >= {"resident", "split"}
+    assert all((form.sums is not None) == (form.form == "split") for form in forms)
+    looped = [forward_config(cols, itemsize, arch).looped for cols in COLS]
+    assert looped == sorted(looped)
+    assert {*looped} == {False, True}
+
+
+@pytest.mark.parametrize("policy", [forward_config, backward_config, finalize_tile])
+def test_only_partial_rows_sees_the_number_of_rows(policy: object) -> None:
+    """Sums inside a row, and what is compiled, cannot depend on what the policy is not told."""
+    assert callable(policy)
+    assert {*inspect.signature(policy).parameters} <= {"cols", "itemsize", "arch"}
+    takes_rows = [
+        name
+        for name, function in vars(config).items()
+        if inspect.isfunction(function) and "rows" in inspect.signature(function).parameters
+    ]
+    assert takes_rows == ["partial_rows"]
+
+
+@every_itemsize
+def test_sums_inside_a_row_are_the_same_on_all_nvidia_devices(itemsize: int) -> None:
+    """The bits of y depend on columns and dtype, not on how many processors a device has."""
+    for cols in COLS:
+        tiles = {
+            forward_config(cols, itemsize, ARCHITECTURES[name]).tile
+            for name in ("sm_80", "sm_86", "sm_90", "interpreter")
+        }
+        assert len(tiles) == 1, cols
+
+
+@every_device
+@every_itemsize
+def test_pipeline_fits_in_shared_memory(itemsize: int, arch: Architecture) -> None:
+    """The tiles in flight, x and dy of each stage but the last, fit beside the reductions."""
+    for cols in COLS:
+        backward = backward_config(cols, itemsize, arch)
+        tile = backward.tile
+        copies = 4 if backward.form == "reload" else 2
+        stage = copies * tile.rows * tile.chunks * tile.block_n * itemsize
+        used = (backward.num_stages - 1) * stage + REDUCTION_BYTES
+        assert backward.num_stages >= 1, cols
+        assert backward.programs_per_processor >= 1, cols
+        assert backward.programs_per_processor * used <= arch.shared_bytes, cols
+        threads = tile.num_warps * arch.warp_size
+        assert backward.programs_per_processor * threads <= MAX_THREADS, cols
+
+
+@every_device
+def test_register_limit(arch: Architecture) -> None:
+    """A program may use the whole register file and no more, in what the hardware encodes."""
+    for num_warps in (1, 2, 4, 8, 16):
+        limit = arch.max_registers(num_warps)
+        if arch.registers == 0:
+            assert limit is None
+        else:
+            assert limit is not None
+            assert 32 <= limit <= 255
+            assert limit * num_warps * arch.warp_size <= arch.registers
+
+
+@every_itemsize
+def test_vector_elements(itemsize: int) -> None:
+    """A vector is as wide as 16 bytes and the row stride allow, and rows that repeat allow all."""
+    widest = VECTOR_BYTES // itemsize
+    assert vector_elements(0, itemsize) == widest
+    for stride in range(1, 200):
+        vector = vector_elements(stride, itemsize)
+        assert stride % vector == 0
+        assert vector == widest or (vector < widest and stride % (2 * vector) != 0)
+    assert vector_elements(2**40, itemsize) == widest
+
+
+def _ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _column_blocks(cols: int, config: BackwardConfig) -> int:
+    return _ceil_div(cols, config.tile.block_n) if config.form == "split" else 1
+
+
+SOME_COLS = (1, 5, 17, 100, 768, 1024, 3000, 4096, 5120, 8192, 8193, 12288, 12289, 32768, 262144)
+
+
+@every_device
+@every_itemsize
+@pytest.mark.parametrize("cols", SOME_COLS)
+def test_partial_rows(cols: int, itemsize: int, arch: Architecture) -> None:
+    """Every program has rows, no more run than fit at once, and more rows never mean fewer."""
+    backward = backward_config(cols, itemsize, arch)
+    blocks = _column_blocks(cols, backward)
+    tile = backward.tile
+    wave = arch.processors * backward.programs_per_processor
+    counts = []
+    for rows in ROWS:
+        partials = partial_rows(rows, itemsize, blocks, backward, arch)
+        counts.append(partials)
+        assert 1 <= partials <= _ceil_div(rows, tile.rows), rows
+        assert partials * blocks < wave + blocks, rows
+        # As the launcher divides the rows: whole blocks of them for every program.
+        rows_per_program = tile.rows * _ceil_div(_ceil_div(rows, partials), tile.rows)
+        programs = _ceil_div(rows, rows_per_program)
+        assert 1 <= programs <= partials, rows
+        assert (programs - 1) * rows_per_program < rows, "the last program has no row"
+    assert all(fewer <= more for fewer, more in pairwise(counts))
+
+
+@every_device
+@every_itemsize
+@pytest.mark.parametrize("cols", SOME_COLS)
+def test_traffic_of_partials(cols: int, itemsize: int, arch: Architecture) -> None:
+    """Partials are under 3 % of the bytes moved once the batch keeps every processor busy."""
+    backward = backward_config(cols, itemsize, arch)
+    blocks = _column_blocks(cols, backward)
+    for rows in ROWS:
+        partials = partial_rows(rows, itemsize, blocks, backward, arch)
+        written_and_read = 16 * partials  # bytes a column: two float32, twice
+        rows_moved = 3 * itemsize * rows  # bytes a column: x, dy and dx
+        if partials * blocks >= arch.processors + blocks:
+            assert written_and_read <= 0.03 * rows_moved, rows
+        elif rows * itemsize >= 180 * arch.processors:
+            assert written_and_read <= 0.03 * rows_moved * (1 + blocks / arch.processors), rows
+
+
+@every_device
+@every_itemsize
+def test_a_small_batch_still_gets_every_processor(itemsize: int, arch: Architecture) -> None:
+    """Idle processors cost more than partials do."""
+    for cols in (100, 1024, 4096, 8192):
+        backward = backward_config(cols, itemsize, arch)
+        blocks = _column_blocks(cols, backward)
+        rows = arch.processors * backward.tile.rows
+        assert partial_rows(rows, itemsize, blocks, backward, arch) * blocks >= arch.processors
+
+
+def test_configurations_are_values() -> None:
+    """Equal questions get the very same answer, which nobody can change."""
+    arch = ARCHITECTURES["sm_90"]
+    first = backward_config(4096, 2, arch)
+    assert backward_config(4096, 2, Architecture(32, 132, 232448, 65536)) is first
+    with pytest.raises(AttributeError):
+        first.num_stages = 1  # type: ignore[misc]
