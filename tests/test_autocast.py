@@ -1,4 +1,4 @@
-"""Under autocast a norm has the dtypes that nn.LayerNorm has on that device, without a cast of x."""
+"""Under autocast a norm has the dtypes that nn.LayerNorm has there, without a cast of x."""
 
 from __future__ import annotations
 
@@ -108,7 +108,9 @@ def test_float32_from_half_precision(
         return case
 
     assert dtypes(run(layer_norm, draw())) == {"y": F32, "dx": dtype, "dweight": F32, "dbias": F32}
-    assert {"layer_norm_fwd_kernel", "layer_norm_bwd_kernel"} <= {l.kernel for l in launches}
+    assert {"layer_norm_fwd_kernel", "layer_norm_bwd_kernel"} <= {
+        launch.kernel for launch in launches
+    }
     assert_accurate(draw, theirs=float32, draws=4)
 
 
@@ -190,7 +192,7 @@ def test_compiled(autocast: None, kernels: torch.device) -> None:
 # torch scripts functions of its own when forward mode is first used.
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 def test_under_transforms(autocast: None, kernels: torch.device) -> None:
-    """vmap and forward mode give the dtype that a plain call gives."""
+    """Both vmap and forward mode give the dtype that a plain call gives."""
     x, tangent = (torch.randn(2, 3, 8, dtype=BF16, device=kernels) for _ in range(2))
     assert torch.func.vmap(lambda x: layer_norm(x, 8))(x).dtype == F32
     y, dy = torch.func.jvp(lambda x: layer_norm(x, 8), (x,), (tangent,))

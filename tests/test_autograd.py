@@ -1,4 +1,4 @@
-"""Every derivative of the kernels, by every road that torch offers, and what a call saves for it."""
+"""Every derivative, by every road that torch offers, and what a call saves for it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp,
 from torch.utils.checkpoint import checkpoint
 
 import fusednorm
-from fusednorm import backends, layer_norm, ops
+from fusednorm import backends, layer_norm
 
 NAMES = ("x", "weight", "bias")
 
@@ -48,7 +48,9 @@ def launches(kernels: torch.device, monkeypatch: pytest.MonkeyPatch) -> list[Lau
 
 def names(launches: list[Launch]) -> list[str]:
     """Return the names of the kernels that were launched."""
-    return [launch.kernel.removeprefix("layer_norm_").removesuffix("_kernel") for launch in launches]
+    return [
+        launch.kernel.removeprefix("layer_norm_").removesuffix("_kernel") for launch in launches
+    ]
 
 
 def draw(*shape: int, device: torch.device, needs: bool = True) -> Tensor:
@@ -211,12 +213,11 @@ def test_third_derivatives_by_torch_func(device: torch.device, backend: str) -> 
         def scalar(x: Tensor) -> Tensor:
             return (norm(x, (3,), weight, bias) * direction).sum()
 
-        for _ in range(3):
+        def along_direction(function: Function) -> Function:
+            gradient = grad(function)
+            return lambda x: (gradient(x) * direction.cos()).sum()
 
-            def scalar(x: Tensor, previous: Function = grad(scalar)) -> Tensor:
-                return (previous(x) * direction.cos()).sum()
-
-        return grad(scalar)(x)
+        return grad(along_direction(along_direction(scalar)))(x)
 
     with backends.use(backend):
         ours = third(layer_norm)
@@ -382,7 +383,7 @@ def test_hessian_in_every_mode(
 def test_vmap(
     device: torch.device, backend: str, in_dims: tuple[int | None, int | None, int | None]
 ) -> None:
-    """vmap over any mix of x, weight and bias is a loop over the batch."""
+    """A vmap over any mix of x, weight and bias is a loop over the batch."""
     batch, primals = 3, ((2, 4), (4,), (4,))
     arguments = []
     for shape, dim in zip(primals, in_dims, strict=True):
@@ -401,7 +402,7 @@ def test_vmap(
 
 @BACKENDS
 def test_nested_vmap(device: torch.device, backend: str) -> None:
-    """vmap nests."""
+    """A vmap of a vmap is two loops."""
     x, weight = draw(2, 3, 4, device=device), draw(2, 4, device=device)
     with backends.use(backend):
         ours = vmap(vmap(lambda x, w: layer_norm(x, 4, w), (0, None)))(x, weight)
@@ -410,7 +411,7 @@ def test_nested_vmap(device: torch.device, backend: str) -> None:
 
 @BACKENDS
 def test_per_sample_gradients(device: torch.device, backend: str) -> None:
-    """vmap of grad gives each sample's own parameter gradients."""
+    """The vmap of grad gives each sample's own parameter gradients."""
     model = nn.Sequential(nn.Linear(4, 6), fusednorm.LayerNorm(6), nn.Linear(6, 2))
     model.to(device, torch.float64)
     nn.init.normal_(model[1].weight)
@@ -587,14 +588,15 @@ def test_threads(kernels: torch.device, monkeypatch: pytest.MonkeyPatch) -> None
     """Forwards and backwards of several threads do not disturb one another."""
     if kernels.type == "cpu":
         # The interpreter keeps the program id in a global: launches, and they alone, take turns.
-        turn = threading.Lock()
-        for name in ("run_fwd", "run_bwd"):
+        from triton.runtime.interpreter import InterpretedFunction
 
-            def in_turn(*args: Any, launcher: Any = getattr(ops, name), **options: Any) -> Any:
-                with turn:
-                    return launcher(*args, **options)
+        launch, turn = InterpretedFunction.run, threading.Lock()
 
-            monkeypatch.setattr(ops, name, in_turn)
+        def launch_in_turn(*args: Any, **options: Any) -> None:
+            with turn:
+                launch(*args, **options)
+
+        monkeypatch.setattr(InterpretedFunction, "run", launch_in_turn)
 
     cases = [make_case(4, 4 + i, torch.float64, kernels) for i in range(2)]
     barrier = threading.Barrier(len(cases))
@@ -624,7 +626,9 @@ def test_threads(kernels: torch.device, monkeypatch: pytest.MonkeyPatch) -> None
 # What the caller owns ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "transposed", "row-strided", "expanded", "scalar"])
+@pytest.mark.parametrize(
+    "layout", ["contiguous", "transposed", "row-strided", "expanded", "scalar"]
+)
 def test_dy_is_not_modified(kernels: torch.device, layout: str) -> None:
     """Backward leaves every bit of dy as it was, whatever its strides, and reads it rightly."""
     case = make_case(5, 6, torch.float32, kernels)
@@ -664,7 +668,7 @@ def test_inputs_are_not_modified(kernels: torch.device) -> None:
 
 @pytest.mark.parametrize("modified", ["x", "weight"])
 def test_modifying_what_backward_needs_is_an_error(kernels: torch.device, modified: str) -> None:
-    """torch's version counter guards x and weight, as it does for nn.LayerNorm."""
+    """The version counters of x and weight guard them, as they do for nn.LayerNorm."""
     for module in (nn.LayerNorm(6), fusednorm.LayerNorm(6)):
         module.to(kernels)
         x = torch.randn(5, 6, device=kernels, requires_grad=True) * 1

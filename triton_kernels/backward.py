@@ -31,10 +31,11 @@ def _load_chunk(
     mask,
     COMPUTE: tl.constexpr,
 ):
-    """Load a [ROWS, BLOCK_N] chunk; return x_hat, dy and g = dy * weight, zero where masked."""
+    """Load a [ROWS, BLOCK_N] chunk; return x_hat, dy and g = dy * weight."""
     x = tl.load(x_rows + cols[None, :], mask=mask, other=0.0).to(COMPUTE)
     dy = tl.load(dy_rows + cols[None, :], mask=mask, other=0.0).to(COMPUTE)
-    x_hat = tl.where(mask, (x - mean) * rstd, 0.0)
+    # Where the mask ends, x_hat is arbitrary: it is only ever multiplied by dy or g, which are 0.
+    x_hat = (x - mean) * rstd
     if weight is None:
         return x_hat, dy, dy
     else:
@@ -140,7 +141,9 @@ def layer_norm_bwd_kernel(
         for i in tl.static_range(CHUNKS):
             cols = chunk_columns(first_chunk + i, BLOCK_N)
             masks += (tile_mask(rows, end, cols, N, ROWS),)
-            x_hat, dy, g = _load_chunk(x_rows, dy_rows, weights[i], mean, rstd, cols, masks[i], COMPUTE)
+            x_hat, dy, g = _load_chunk(
+                x_rows, dy_rows, weights[i], mean, rstd, cols, masks[i], COMPUTE
+            )
             g_x_hat += g * x_hat
             g_sum += g
             next_dweights += (dweights[i] + dy * x_hat,)

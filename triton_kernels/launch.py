@@ -62,7 +62,7 @@ def rows_and_columns(x: torch.Tensor, normalized_shape: tuple[int, ...]) -> tupl
 
 
 def as_rows(x: torch.Tensor, rows: int, cols: int) -> torch.Tensor:
-    """Return `x` as [M, N] with adjacent columns: a view where its strides allow one, else a copy."""
+    """Return `x` as [M, N] with adjacent columns: a view if its strides allow one, else a copy."""
     x = x.reshape(rows, cols)
     return x if x.stride(1) == 1 or cols == 1 else x.contiguous()
 

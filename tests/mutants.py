@@ -1,0 +1,307 @@
+"""Break the kernels one at a time and show which test notices: `make mutants`.
+
+Each mutant is a textual edit of one kernel file, applied to a copy of the package. A mutant that
+no test catches, or an edit that no longer matches the source, ends the run with exit code 1.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+ACCURACY = "tests/test_accuracy.py"
+LAYOUTS = "tests/test_layouts.py"
+GUARDS = f"{LAYOUTS}::test_nothing_outside_the_tensors_is_read_or_written"
+AFFINE = f"{ACCURACY}::test_error_without_weight_or_bias"
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """An edit of `file` that replaces every `old` by `new`, and the tests that must notice."""
+
+    what: str
+    file: str
+    old: str
+    new: str
+    tests: str
+    select: str = ""
+
+
+MUTANTS = (
+    # Statistics of the forward.
+    Mutant(
+        "variance counts masked lanes",
+        "forward.py",
+        "tl.where(masks[i], xs[i] - shift[:, None], 0.0)",
+        "xs[i] - shift[:, None]",
+        ACCURACY,
+        "[769-torch.float32",
+    ),
+    Mutant(
+        "variance from E[x^2]",
+        "forward.py",
+        "squares += centred[i] * centred[i]",
+        "squares += xs[i] * xs[i] - shift[:, None] * shift[:, None]",
+        ACCURACY,
+        "[1025-torch.float32",
+    ),
+    Mutant(
+        "mean left uncorrected",
+        "forward.py",
+        "correction = residue_sum / N",
+        "correction = residue_sum * 0",
+        ACCURACY,
+        "hardest_rows",
+    ),
+    Mutant(
+        "eps dropped",
+        "forward.py",
+        "tl.rsqrt(var + tl.full((ROWS,), eps, COMPUTE))",
+        "tl.rsqrt(var)",
+        LAYOUTS,
+        "test_eps",
+    ),
+    Mutant(
+        "looped row: lanes not merged",
+        "forward.py",
+        "offset * offset * lane_count + lane_m2",
+        "lane_m2",
+        AFFINE,
+        "[40000-torch.float32",
+    ),
+    Mutant(
+        "looped row: masked lanes counted",
+        "forward.py",
+        "lane_count += mask.to(COMPUTE)",
+        "lane_count += 1.0",
+        AFFINE,
+        "[40000-torch.float32",
+    ),
+    Mutant(
+        "looped row: mean left uncorrected",
+        "forward.py",
+        "correction = between / N",
+        "correction = between * 0",
+        ACCURACY,
+        "[65536-torch.float32-40000",
+    ),
+    Mutant(
+        "bias not added",
+        "forward.py",
+        "y = y + load_parameter(bias_ptr, cols, N, ROWS).to(COMPUTE)",
+        "y = y",
+        ACCURACY,
+        "[33-torch.float32",
+    ),
+    Mutant(
+        "statistics of absent rows stored",
+        "forward.py",
+        "row_mask = rows < M",
+        "row_mask = rows < M + 1",
+        GUARDS,
+    ),
+    # Masks and addressing, shared by both.
+    Mutant(
+        "one column too many",
+        "tile.py",
+        "mask = cols[None, :] < N\n",
+        "mask = cols[None, :] < N + 1\n",
+        GUARDS,
+    ),
+    Mutant(
+        "rows past the end not masked",
+        "tile.py",
+        "mask = mask & (rows[:, None] < row_end)",
+        "mask = mask & (rows[:, None] >= 0)",
+        GUARDS,
+    ),
+    Mutant(
+        "row stride ignored",
+        "tile.py",
+        "tl.multiple_of(rows * stride, VECTOR)",
+        "tl.multiple_of(rows * (stride // 2), VECTOR)",
+        f"{LAYOUTS}::test_layouts_of_x_and_dy",
+    ),
+    Mutant(
+        "row offsets in 32 bits",
+        "forward.py",
+        "rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)\n"
+        "    x_rows = x_ptr + row_offsets(rows, x_stride, X_VECTOR)",
+        "rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)\n"
+        "    x_rows = x_ptr + row_offsets(rows, x_stride, X_VECTOR).to(tl.int32)",
+        f"{LAYOUTS}::test_rows_beyond_int32",
+    ),
+    # Backward.
+    Mutant(
+        "dx without c1",
+        "backward.py",
+        "g - (x_hat * c1 + c2)",
+        "g - c2",
+        ACCURACY,
+        "[33-torch.float32",
+    ),
+    Mutant(
+        "dx without c2",
+        "backward.py",
+        "g - (x_hat * c1 + c2)",
+        "g - x_hat * c1",
+        ACCURACY,
+        "[33-torch.float32",
+    ),
+    Mutant(
+        "dx without rstd",
+        "backward.py",
+        "rstd * (g - (x_hat * c1 + c2))",
+        "g - (x_hat * c1 + c2)",
+        ACCURACY,
+        "[33-torch.float32",
+    ),
+    Mutant(
+        "x_hat not centred",
+        "backward.py",
+        "x_hat = (x - mean) * rstd",
+        "x_hat = x * rstd",
+        ACCURACY,
+        "[33-torch.float32-1000",
+    ),
+    Mutant(
+        "dweight from g",
+        "backward.py",
+        "dweights[i] + dy * x_hat",
+        "dweights[i] + g * x_hat",
+        ACCURACY,
+        "[33-torch.float32",
+    ),
+    Mutant(
+        "dbias from g",
+        "backward.py",
+        "dbiases[i] + dy",
+        "dbiases[i] + g",
+        ACCURACY,
+        "[33-torch.float32",
+    ),
+    Mutant(
+        "last row of a program dropped",
+        "backward.py",
+        "end = tl.minimum(start + rows_per_program, M)",
+        "end = tl.minimum(start + rows_per_program, M) - 1",
+        ACCURACY,
+        "[33-torch.float32",
+    ),
+    Mutant(
+        "rows after the last one added",
+        "backward.py",
+        "end = tl.minimum(start + rows_per_program, M)",
+        "end = start + rows_per_program",
+        GUARDS,
+    ),
+    Mutant(
+        "all programs write one partial row",
+        "backward.py",
+        "partial = tl.program_id(0).to(tl.int64) * N",
+        "partial = tl.program_id(0).to(tl.int64) * 0",
+        ACCURACY,
+        "[769-torch.float32",
+    ),
+    Mutant(
+        "last partial row not added",
+        "backward.py",
+        "(rows[:, None] < partials)",
+        "(rows[:, None] < partials - 1)",
+        ACCURACY,
+        "[769-torch.float32",
+    ),
+    Mutant(
+        "finalize swaps dweight and dbias",
+        "backward.py",
+        "if tl.program_id(1) == 0:",
+        "if tl.program_id(1) == 1:",
+        f"{ACCURACY}::test_error_is_at_most_that_of_torch",
+        "[769-torch.float32",
+    ),
+    Mutant(
+        "reload takes the first chunk's weight",
+        "backward.py",
+        "x_rows, dy_rows, weights[i], mean, rstd, cols, masks[i], COMPUTE\n                    )",
+        "x_rows, dy_rows, weights[0], mean, rstd, cols, masks[i], COMPUTE\n                    )",
+        ACCURACY,
+        "[12288-torch.bfloat16",
+    ),
+    Mutant(
+        "split row: c1 not divided by N",
+        "backward.py",
+        "tl.store(c1_ptr + rows, c1 / N)",
+        "tl.store(c1_ptr + rows, c1)",
+        ACCURACY,
+        "[12288-torch.float32",
+    ),
+    Mutant(
+        "split row: every program takes the first columns",
+        "backward.py",
+        'first_chunk = tl.program_id(1) if FORM == "split" else 0',
+        "first_chunk = 0",
+        ACCURACY,
+        "[12288-torch.float32",
+    ),
+)
+
+
+def apply(mutant: Mutant, package: Path) -> None:
+    """Edit the copied kernel file, or stop where the source has moved on."""
+    path = package / "triton_kernels" / mutant.file
+    source = path.read_text()
+    if mutant.old not in source:
+        sys.exit(f"{mutant.what}: {mutant.file} no longer holds {mutant.old!r}")
+    path.write_text(source.replace(mutant.old, mutant.new))
+
+
+def caught_by(mutant: Mutant) -> str | None:
+    """Return the first test that fails for a mutant, or None where all pass."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder)
+        shutil.copytree(ROOT / "fusednorm", copy / "fusednorm")
+        shutil.copytree(ROOT / "triton_kernels", copy / "fusednorm" / "triton_kernels")
+        shutil.copytree(ROOT / "tests", copy / "tests")
+        shutil.copy(ROOT / "pyproject.toml", copy)
+        apply(mutant, copy / "fusednorm")
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
+        command += mutant.tests.split()
+        # `-k` takes no brackets; the parameters are matched on what stands between them.
+        command += ["-k", mutant.select.strip("[")] if mutant.select else []
+        done = subprocess.run(
+            command,
+            cwd=copy,
+            env={**os.environ, "PYTHONPATH": str(copy)},
+            capture_output=True,
+            text=True,
+        )
+    failed = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
+    if failed is None and done.returncode not in (0, 1):
+        sys.exit(f"{mutant.what}: the tests did not run\n{done.stdout}{done.stderr}")
+    return failed[1] if failed else None
+
+
+def main() -> int:
+    """Print one line per mutant; return 1 if any survives."""
+    wanted = sys.argv[1:]
+    survivors = 0
+    for mutant in MUTANTS:
+        if wanted and not any(word in mutant.what for word in wanted):
+            continue
+        test = caught_by(mutant)
+        survivors += test is None
+        print(f"{mutant.what:48} {test or 'SURVIVED'}", flush=True)
+    print(f"{survivors} survived")
+    return int(survivors > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
