@@ -69,6 +69,10 @@ def layer_norm_fwd_kernel(
     x_rows = x_ptr + row_offsets(rows, x_stride, X_VECTOR)
 
     if LOOPED:
+        # Differences from the mean of the first chunk are small however large the mean is.
+        cols = chunk_columns(0, BLOCK_N)
+        x = tl.load(x_rows + cols[None, :], mask=tile_mask(rows, M, cols, N, ROWS), other=0.0)
+        shift = tl.sum(x.to(COMPUTE), axis=1) / BLOCK_N
         # One Welford accumulator per lane: no reduction across lanes until the row has been read.
         lane_mean = tl.zeros((ROWS, BLOCK_N), COMPUTE)
         lane_m2 = tl.zeros((ROWS, BLOCK_N), COMPUTE)
@@ -77,17 +81,14 @@ def layer_norm_fwd_kernel(
             cols = chunk_columns(i, BLOCK_N)
             mask = tile_mask(rows, M, cols, N, ROWS)
             x = tl.load(x_rows + cols[None, :], mask=mask, other=0.0).to(COMPUTE)
-            delta = tl.where(mask, x - lane_mean, 0.0)
-            lane_mean += delta / (i + 1)
-            lane_m2 += delta * tl.where(mask, x - lane_mean, 0.0)
+            delta = tl.where(mask, x - shift[:, None] - lane_mean, 0.0)
+            step = delta / (i + 1)
+            lane_mean += step
+            lane_m2 += delta * (delta - step)
             lane_count += mask.to(COMPUTE)
-        shift = tl.sum(lane_mean * (lane_count / N), axis=1)
-        offset = tl.where(lane_count > 0, lane_mean - shift[:, None], 0.0)
-        between, within = sum_pair(
-            offset * lane_count, offset * offset * lane_count + lane_m2, ROWS, BLOCK_N
-        )
-        correction = between / N
-        var = within / N - correction * correction
+        correction = tl.sum(lane_mean * (lane_count / N), axis=1)
+        offset = lane_mean - correction[:, None]
+        var = tl.sum(offset * offset * lane_count + lane_m2, axis=1) / N
         rstd = tl.rsqrt(var + tl.full((ROWS,), eps, COMPUTE))
         for i in tl.range(0, tl.cdiv(N, BLOCK_N)):
             cols = chunk_columns(i, BLOCK_N)

@@ -1,0 +1,432 @@
+"""Promise 11: no silent fallback from a request, and `auto` can be asked what it chose and why."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from helpers import INTERPRETED, make_case, run
+from spies import kernels_of_package, record_launches
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import fusednorm
+from fusednorm import backends
+from fusednorm.backends import Choice
+from fusednorm.triton_kernels import launch
+
+CPU_RUNS_IN_TORCH = Choice("torch", "cpu tensors run in torch")
+REQUESTED = "requested by backends.use"
+TRITON_CACHES = (backends._triton_missing, backends._interpreted, backends._triton_unfit)
+
+
+@pytest.fixture
+def detection(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """Detect anew what is installed, and forget it afterwards; the value is a monkeypatch."""
+    for cached in TRITON_CACHES:
+        cached.cache_clear()
+    yield monkeypatch
+    monkeypatch.undo()
+    for cached in TRITON_CACHES:
+        cached.cache_clear()
+
+
+def _cuda_tensor() -> torch.Tensor:
+    with FakeTensorMode():
+        return torch.empty(1, device="cuda:0")
+
+
+def _python(code: str, **environment: str) -> list[str]:
+    """Return what a fresh interpreter prints."""
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("FUSEDNORM", "TRITON"))}
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        env=inherited | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+# What is chosen, and why
+
+
+def test_auto_on_the_cpu_is_torch() -> None:
+    """Also where the interpreter would run the kernels: it is for tests, and slow."""
+    x = torch.empty(2, 8)
+    assert backends.explain(x) == CPU_RUNS_IN_TORCH
+    assert str(backends.explain(x)) == "torch: cpu tensors run in torch"
+    assert backends.select(x) == "torch"
+
+
+def test_auto_on_an_unknown_device_is_torch() -> None:
+    """The kernels are for cuda; other devices keep torch's operator, and the reason says so."""
+    x = torch.empty(2, 8, device="meta")
+    reason = "the kernels are built for cuda devices, not meta"
+    assert backends.explain(x) == Choice("torch", reason)
+    assert backends.select(x) == "torch"
+    assert fusednorm.layer_norm(x, 8).is_meta
+
+
+@pytest.mark.parametrize(
+    ("capability", "hip", "expected"),
+    [
+        ((9, 0), None, Choice("triton", "cuda tensors run in the fused kernels")),
+        ((8, 0), None, Choice("triton", "cuda tensors run in the fused kernels")),
+        ((7, 5), None, Choice("torch", "compute capability 7.5 is below 8.0")),
+        ((7, 5), "6.4", Choice("triton", "cuda tensors run in the fused kernels")),
+    ],
+)
+def test_auto_on_cuda(
+    detection: pytest.MonkeyPatch, capability: tuple[int, int], hip: str | None, expected: Choice
+) -> None:
+    """The kernels run where Triton compiles for the device; AMD counts capabilities differently."""
+    detection.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    detection.setattr(torch.version, "hip", hip)
+    x = _cuda_tensor()
+    assert backends.explain(x) == expected
+    assert backends.select(x) == expected.backend
+
+
+def test_triton_is_available_here() -> None:
+    """The preferred implementation comes first."""
+    assert backends.available() == ("triton", "torch") == backends.NAMES
+
+
+def _pretend(detection: pytest.MonkeyPatch, module: ModuleType | None) -> None:
+    """Let `import triton` give `module`, or fail as if there were none."""
+    if module is not None:
+        module.__spec__ = importlib.util.spec_from_loader("triton", None)
+    detection.setitem(sys.modules, "triton", module)  # type: ignore[arg-type]  # None blocks it
+
+
+def test_triton_that_is_too_old(detection: pytest.MonkeyPatch) -> None:
+    """The version found and the one needed are both in the reason."""
+    old = ModuleType("triton")
+    old.__version__ = "3.5.1"  # type: ignore[attr-defined]
+    _pretend(detection, old)
+    assert backends.available() == ("torch",)
+    reason = "triton 3.5.1 is older than 3.6"
+    assert backends.explain(_cuda_tensor()) == Choice("torch", reason)
+    with pytest.raises(ValueError, match=f"got 'triton': {reason}$"), backends.use("triton"):
+        pytest.fail("entered")
+
+
+@pytest.mark.parametrize("version", ["3.6.0", "3.10.0", "4.0.0+git1234", "3.6.0.post1"])
+def test_triton_that_is_new_enough(detection: pytest.MonkeyPatch, version: str) -> None:
+    """Versions are compared as numbers, not as text."""
+    new = ModuleType("triton")
+    new.__version__ = version  # type: ignore[attr-defined]
+    _pretend(detection, new)
+    assert backends.available() == ("triton", "torch")
+
+
+def test_triton_that_does_not_import(detection: pytest.MonkeyPatch) -> None:
+    """A broken installation is told apart from none."""
+
+    class _Broken:
+        def find_spec(self, name: str, *_: object) -> Any:
+            return importlib.util.spec_from_loader(name, self) if name == "triton" else None  # type: ignore[arg-type]
+
+        def create_module(self, spec: object) -> None:
+            raise ImportError("libtriton.so is missing")
+
+        def exec_module(self, module: ModuleType) -> None:
+            """Is never reached."""
+
+    detection.delitem(sys.modules, "triton")
+    detection.setattr(sys, "meta_path", [_Broken(), *sys.meta_path])
+    assert backends.available() == ("torch",)
+    reason = "triton does not import: libtriton.so is missing"
+    assert backends.explain(_cuda_tensor()) == Choice("torch", reason)
+
+
+def test_without_triton() -> None:
+    """The package needs torch alone: it imports, computes, differentiates and explains."""
+    code = """
+import sys
+sys.modules["triton"] = None
+import torch, fusednorm
+from fusednorm import backends
+x = torch.randn(3, 8, requires_grad=True)
+norm = fusednorm.LayerNorm(8)
+norm(x).square().sum().backward()
+assert x.grad is not None and norm.weight.grad is not None
+expected = torch.nn.functional.layer_norm(x, (8,))
+torch.testing.assert_close(fusednorm.layer_norm(x, 8), expected)
+print(backends.available())
+print(backends.explain(x))
+print(backends.explain(x.to("meta")))
+try:
+    with backends.use("triton"):
+        pass
+except ValueError as error:
+    print(error)
+"""
+    missing = "triton is not installed (pip install 'fusednorm[triton]')"
+    assert _python(code) == [
+        "('torch',)",
+        "torch: cpu tensors run in torch",
+        f"torch: {missing}",
+        f"backends.use: expected an installed backend, got 'triton': {missing}",
+    ]
+
+
+# Requests
+
+
+@pytest.mark.parametrize("backend", backends.NAMES)
+def test_a_request_is_in_force_inside_the_block_only(device: torch.device, backend: str) -> None:
+    """Before and after, the choice is automatic."""
+    x = torch.empty(2, 8, device=device)
+    before = backends.explain(x)
+    with backends.use(backend):
+        assert backends.explain(x) == Choice(backend, REQUESTED)
+        assert backends.select(x) == backend
+    assert backends.explain(x) == before
+
+
+def test_requests_nest(device: torch.device) -> None:
+    """The innermost counts, and each restores what it found."""
+    x = torch.empty(2, 8, device=device)
+    seen = []
+    with backends.use("torch"):
+        with backends.use("triton"):
+            with backends.use("torch"):
+                seen.append(backends.select(x))
+            seen.append(backends.select(x))
+        seen.append(backends.select(x))
+    assert seen == ["torch", "triton", "torch"]
+
+
+def test_a_request_ends_with_an_exception(device: torch.device) -> None:
+    """An error inside passes through and leaves no request behind."""
+    x = torch.empty(2, 8, device=device)
+    before = backends.explain(x)
+    with (
+        backends.use("torch"),
+        contextlib.suppress(KeyError),
+        backends.use("triton"),
+    ):
+        raise KeyError
+    assert backends.explain(x) == before
+    with pytest.raises(KeyError), backends.use("triton"):
+        raise KeyError
+    assert backends.explain(x) == before
+
+
+def test_a_request_reaches_every_thread(device: torch.device) -> None:
+    """Autograd and data loaders run in threads of their own."""
+    x, seen = torch.empty(2, 8, device=device), list[Choice]()
+    with backends.use("triton"):
+        thread = threading.Thread(target=lambda: seen.append(backends.explain(x)))
+        thread.start()
+        thread.join()
+    assert seen == [Choice("triton", REQUESTED)]
+
+
+def test_a_request_as_a_decorator(device: torch.device) -> None:
+    """`use` decorates a function, which asks for the backend at every call."""
+
+    @backends.use("triton")
+    def chosen() -> str:
+        return backends.select(torch.empty(2, 8, device=device))
+
+    assert (chosen(), chosen()) == ("triton", "triton")
+
+
+def test_a_choice_cannot_be_changed() -> None:
+    """It is an answer, not a setting."""
+    with pytest.raises(AttributeError):
+        backends.explain(torch.empty(1)).backend = "triton"  # type: ignore[misc]
+
+
+ENVIRONMENT = """
+import torch, fusednorm
+from fusednorm import backends
+x = torch.randn(2, 8)
+for device in ("cpu", "meta"):
+    try:
+        print(backends.explain(x.to(device)))
+    except ValueError as error:
+        print(error)
+try:
+    fusednorm.layer_norm(x, 8)
+    print("computed")
+except ValueError as error:
+    print(error)
+with backends.use("torch"):
+    print(backends.explain(x))
+"""
+
+
+def test_environment_requests_torch() -> None:
+    """The variable is a request for the whole process, named in the reason."""
+    assert _python(ENVIRONMENT, FUSEDNORM_BACKEND="torch") == [
+        "torch: requested by FUSEDNORM_BACKEND",
+        "torch: requested by FUSEDNORM_BACKEND",
+        "computed",
+        f"torch: {REQUESTED}",
+    ]
+
+
+def test_environment_requests_triton() -> None:
+    """No fallback from it: what Triton cannot serve is an error that names the variable."""
+    unfit = "FUSEDNORM_BACKEND: expected tensors that the triton backend can serve, got "
+    interpreter = "cpu: cpu tensors need Triton's interpreter (TRITON_INTERPRET=1)"
+    assert _python(ENVIRONMENT, FUSEDNORM_BACKEND="triton") == [
+        unfit + interpreter,
+        unfit + "meta: the kernels are built for cuda devices, not meta",
+        unfit + interpreter,
+        f"torch: {REQUESTED}",
+    ]
+
+
+@pytest.mark.parametrize("value", ["", None])
+def test_environment_without_a_request(monkeypatch: pytest.MonkeyPatch, value: str | None) -> None:
+    """An empty variable is none."""
+    monkeypatch.setattr(backends, "_requested", None)
+    if value is None:
+        monkeypatch.delenv("FUSEDNORM_BACKEND", raising=False)
+    else:
+        monkeypatch.setenv("FUSEDNORM_BACKEND", value)
+    backends._read_environment()
+    assert backends.explain(torch.empty(1)) == CPU_RUNS_IN_TORCH
+
+
+# What runs
+
+
+BOTH = ["layer_norm_fwd_kernel", "layer_norm_bwd_kernel", "layer_norm_bwd_finalize_kernel"]
+
+
+def test_a_request_for_triton_runs_the_kernels(
+    monkeypatch: pytest.MonkeyPatch, kernels: torch.device
+) -> None:
+    """Forward and backward each launch theirs."""
+    launches = record_launches(monkeypatch)
+    run(fusednorm.layer_norm, make_case(3, 8, torch.float32, kernels))
+    assert [launched.kernel for launched in launches] == BOTH
+
+
+def test_a_request_for_torch_runs_no_kernel(
+    monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
+    """Neither forward nor backward."""
+    launches = record_launches(monkeypatch)
+    with backends.use("torch"):
+        run(fusednorm.layer_norm, make_case(3, 8, torch.float32, device))
+    assert launches == []
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="tensors of the device under test run in the kernels")
+def test_auto_on_the_cpu_runs_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter is used on request only."""
+    launches = record_launches(monkeypatch)
+    run(fusednorm.layer_norm, make_case(3, 8, torch.float32, torch.device("cpu")))
+    assert launches == []
+
+
+def test_backward_follows_its_forward(
+    monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
+    """The request at the time of the forward decides, whichever is in force later."""
+    launches = record_launches(monkeypatch)
+    x = torch.randn(3, 8, device=device, requires_grad=True)
+    results = {}
+    for backend in backends.NAMES:
+        with backends.use(backend):
+            results[backend] = fusednorm.layer_norm(x, 8)
+    assert [launched.kernel for launched in launches] == BOTH[:1]
+    dy = torch.randn_like(x)
+    with backends.use("triton"):
+        (expected,) = torch.autograd.grad(results["torch"], x, dy)
+    assert len(launches) == 1
+    with backends.use("torch"):
+        (dx,) = torch.autograd.grad(results["triton"], x, dy)
+    assert [launched.kernel for launched in launches[1:]] == BOTH[1:2]
+    torch.testing.assert_close(dx, expected)
+
+
+# The device
+
+
+def test_guard_makes_a_foreign_device_current(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton launches on the current device; only a tensor of another one needs the switch."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    switched: list[torch.device] = []
+
+    @contextlib.contextmanager
+    def switch(device: torch.device) -> Iterator[None]:
+        switched.append(device)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "device", switch)
+    for name in ("cpu", "cuda:0"):
+        with launch.device_guard(torch.device(name)):
+            assert switched == []
+    with launch.device_guard(torch.device("cuda", 1)):
+        assert switched == [torch.device("cuda", 1)]
+
+
+class _Guarded:
+    """Stands in for a kernel and notes whether the guard was entered when it was launched."""
+
+    def __init__(self, kernel: Any, entered: list[torch.device], launches: list[bool]) -> None:
+        self._kernel, self._entered, self._launches = kernel, entered, launches
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        self._launches.append(bool(self._entered))
+        return self._kernel[grid]
+
+
+@pytest.mark.parametrize(("cols", "expected"), [(8, 3), (8200, 4)], ids=["resident", "split"])
+def test_every_kernel_is_launched_inside_the_guard(
+    monkeypatch: pytest.MonkeyPatch, kernels: torch.device, cols: int, expected: int
+) -> None:
+    """Forward, sums, backward and finalize, each on the device of its tensors."""
+    entered: list[torch.device] = []
+    launches: list[bool] = []
+
+    @contextlib.contextmanager
+    def guard(device: torch.device) -> Iterator[None]:
+        entered.append(device)
+        yield
+        entered.pop()
+
+    monkeypatch.setattr(launch, "device_guard", guard)
+    for name, (module, kernel) in kernels_of_package().items():
+        monkeypatch.setattr(module, name, _Guarded(kernel, entered, launches))
+    x = torch.randn(2, cols, device=kernels, requires_grad=True)
+    weight = torch.randn(cols, device=kernels, requires_grad=True)
+    fusednorm.layer_norm(x, cols, weight).backward(torch.randn_like(x))
+    assert launches == [True] * expected
+    assert entered == []
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_tensors_of_another_gpu() -> None:
+    """Work on the second device while the first is current, forward and backward."""
+    x = torch.randn(5, 100, device="cuda:1", requires_grad=True)
+    weight = torch.randn(100, device="cuda:1", requires_grad=True)
+    dy = torch.randn_like(x)
+    ours = fusednorm.layer_norm(x, 100, weight)
+    torchs = torch.nn.functional.layer_norm(x, (100,), weight)
+    torch.testing.assert_close(ours, torchs)
+    for our, their in zip(
+        torch.autograd.grad(ours, (x, weight), dy),
+        torch.autograd.grad(torchs, (x, weight), dy),
+        strict=True,
+    ):
+        torch.testing.assert_close(our, their)
+    assert torch.cuda.current_device() == 0
