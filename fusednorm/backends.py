@@ -19,6 +19,7 @@ from functools import cache
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fusednorm.validation import fail
 
@@ -106,13 +107,20 @@ def serves(backend: str, device: torch.device) -> bool:
     return _unfit(backend, device) is None
 
 
-def _automatic(device: torch.device) -> Choice:
+def _is_wrapper(tensor: Tensor) -> bool:
+    """Return whether `tensor` is a subclass around other tensors, like DTensor."""
+    return type(tensor) is not Tensor and is_traceable_wrapper_subclass(tensor)
+
+
+def _automatic(tensor: Tensor) -> Choice:
+    device = tensor.device
     if device.type == "cpu":
         return Choice("torch", "cpu tensors run in torch")
-    unfit = _unfit("triton", device)
-    if unfit is None:
-        return Choice("triton", f"{device.type} tensors run in the fused kernels")
-    return Choice("torch", unfit)
+    if (unfit := _unfit("triton", device)) is not None:
+        return Choice("torch", unfit)
+    if _is_wrapper(tensor):
+        return Choice("torch", f"{type(tensor).__name__} has its own rules for torch's operators")
+    return Choice("triton", f"{device.type} tensors run in the fused kernels")
 
 
 def available() -> tuple[str, ...]:
@@ -124,7 +132,7 @@ def explain(tensor: Tensor) -> Choice:
     """Return the implementation that would run for `tensor`, and why.
 
     Args:
-        tensor: Any tensor; only its device is looked at.
+        tensor: Any tensor; its device and its class are looked at.
 
     Raises:
         ValueError: A backend was requested that cannot serve the tensor.
@@ -136,7 +144,7 @@ def explain(tensor: Tensor) -> Choice:
     if not isinstance(tensor, Tensor):
         fail("explain", "a Tensor", type(tensor).__name__, TypeError)
     if _requested is None:
-        return _automatic(tensor.device)
+        return _automatic(tensor)
     unfit = _unfit(_requested, tensor.device)
     if unfit is not None:
         fail(
@@ -151,7 +159,9 @@ def select(tensor: Tensor) -> str:
     """Return the name of the implementation for `tensor`, with `explain`'s errors."""
     if _requested is not None:
         return explain(tensor).backend
-    return "triton" if not tensor.is_cpu and serves("triton", tensor.device) else "torch"
+    if tensor.is_cpu or not serves("triton", tensor.device) or _is_wrapper(tensor):
+        return "torch"
+    return "triton"
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusednorm import autograd, backends, reference
-from fusednorm.validation import check_layer_norm
+from fusednorm.validation import check_layer_norm, fail
 
 # Devices on which autocast runs layer norm in float32; elsewhere it leaves the dtype alone.
 AUTOCAST_FLOAT32 = frozenset({"cuda", "xpu", "mps", "maia", "mtia"})
@@ -53,7 +53,7 @@ def layer_norm(
         >>> fusednorm.layer_norm(x, 4)
         tensor([[-1.3416, -0.4472,  0.4472,  1.3416]])
     """
-    shape = check_layer_norm(input, normalized_shape, weight, bias, eps)
+    shape, eps = check_layer_norm(input, normalized_shape, weight, bias, eps)
     backend = backends.select(input)
     if autograd.transforms_active() or (
         backend == "torch" and not _torch_accepts(input, weight, bias)
@@ -61,6 +61,8 @@ def layer_norm(
         return reference.layer_norm(input, shape, weight, bias, eps, _output_dtype(input))
     if backend == "torch":
         return F.layer_norm(input, shape, weight, bias, eps)
+    if input.is_nested:
+        fail("layer_norm", "a tensor of one shape for the triton backend", "a nested tensor")
     return autograd.layer_norm(input, shape, weight, bias, eps, _output_dtype(input))
 
 

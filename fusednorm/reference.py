@@ -99,7 +99,6 @@ def layer_norm_bwd(
         c2 = g.mean(dims, keepdim=True)
         dx = (rstd * (g - (x_hat * c1 + c2))).to(x.dtype)
     if output_mask[1] and weight is not None:
-        # sum(()) would add up every dimension where there is no batch dimension to add up.
         dweight = _sum(g_out * x_hat, batch).to(weight.dtype)
     if output_mask[2] and bias is not None:
         dbias = _sum(g_out, batch).to(bias.dtype)
@@ -107,4 +106,5 @@ def layer_norm_bwd(
 
 
 def _sum(x: Tensor, dims: tuple[int, ...]) -> Tensor:
-    return x.sum(dims) if dims else x
+    """Add up `dims`; without any, copy, where torch would add up every dimension."""
+    return x.sum(dims) if dims else x.clone()

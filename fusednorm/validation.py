@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral, Real
 from typing import NoReturn
 
 import torch
@@ -24,8 +25,8 @@ def check_layer_norm(
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
-) -> tuple[int, ...]:
-    """Check the arguments of `layer_norm` and return `normalized_shape` as a tuple.
+) -> tuple[tuple[int, ...], float]:
+    """Check the arguments of `layer_norm`; return `normalized_shape` as a tuple, and `eps`.
 
     Raises:
         TypeError: An argument is of the wrong kind or dtype.
@@ -36,9 +37,10 @@ def check_layer_norm(
         fail(op, "input to be a Tensor", type(input).__name__, TypeError)
     if input.dtype not in DTYPES:
         _fail_dtype(op, "input", input)
-    shape = (
-        normalized_shape if type(normalized_shape) is tuple else _shape_tuple(op, normalized_shape)
-    )
+    if input.layout is not torch.strided and not input.is_nested:
+        layout = str(input.layout).removeprefix("torch.")
+        fail(op, "input of strided layout", layout, TypeError)
+    shape = _shape_tuple(op, normalized_shape)
     if not shape:
         fail(op, "normalized_shape of at least one dimension", shape)
     if input.shape[-len(shape) :] != shape:
@@ -47,9 +49,7 @@ def check_layer_norm(
         _check_parameter(op, "weight", weight, shape, input)
     if bias is not None:
         _check_parameter(op, "bias", bias, shape, input)
-    if not isinstance(eps, (float, int)):
-        fail(op, "eps to be a float", type(eps).__name__, TypeError)
-    return shape
+    return shape, eps if type(eps) is float else _float(op, "eps", eps)
 
 
 def _check_parameter(
@@ -75,8 +75,31 @@ def _fail_dtype(op: str, name: str, tensor: Tensor) -> NoReturn:
 
 
 def _shape_tuple(op: str, normalized_shape: object) -> tuple[int, ...]:
-    if isinstance(normalized_shape, int):
-        return (normalized_shape,)
-    if isinstance(normalized_shape, Sequence) and not isinstance(normalized_shape, str):
-        return tuple(normalized_shape)
-    fail(op, "normalized_shape to be an int or a sequence of ints", normalized_shape, TypeError)
+    if type(normalized_shape) is tuple:
+        for size in normalized_shape:
+            if type(size) is not int:
+                break
+        else:
+            return normalized_shape
+    sizes = (normalized_shape,) if _is_size(normalized_shape) else normalized_shape
+    if (
+        isinstance(sizes, Sequence)
+        and not isinstance(sizes, str | bytes)
+        and all(map(_is_size, sizes))
+    ):
+        return tuple(size if isinstance(size, torch.SymInt) else int(size) for size in sizes)
+    expected = "normalized_shape to be an int or a sequence of ints"
+    fail(op, expected, repr(normalized_shape), TypeError)
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, Integral | torch.SymInt) and not isinstance(value, bool)
+
+
+def _float(op: str, name: str, value: object) -> float:
+    """Take whatever is one number, as torch does: an int, NumPy's numbers, a tensor of one."""
+    if isinstance(value, Real | torch.SymFloat) or (
+        isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex()
+    ):
+        return float(value)
+    fail(op, f"{name} to be a float", type(value).__name__, TypeError)

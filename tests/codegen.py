@@ -29,6 +29,8 @@ from unittest import mock
 
 import torch
 import triton
+from triton.backends.compiler import GPUTarget
+
 from fusednorm.triton_kernels import backward, forward, launch
 from fusednorm.triton_kernels.config import (
     VECTOR_BYTES,
@@ -38,7 +40,6 @@ from fusednorm.triton_kernels.config import (
     forward_config,
     vector_elements,
 )
-from triton.backends.compiler import GPUTarget
 
 TARGETS = {
     "sm_80": (GPUTarget("cuda", 80, 32), Architecture(32, 108, 166912, 65536)),

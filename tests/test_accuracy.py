@@ -77,7 +77,7 @@ def test_reference_is_accurate(device: torch.device, cols: int, dtype: torch.dty
 
 
 def test_many_rows(kernels: torch.device) -> None:
-    """dweight and dbias add up thousands of rows over many programs without losing digits."""
+    """Dweight and dbias add up thousands of rows over many programs without losing digits."""
     assert_accurate(lambda: make_case(4099, 96, torch.float32, kernels), draws=4)
 
 

@@ -156,8 +156,20 @@ def test_disabled_region(autocast: None, kernels: torch.device) -> None:
     assert layer_norm(x, 8).dtype == F32
     with torch.autocast(kernels.type, enabled=False):
         assert layer_norm(x, 8).dtype == BF16
-    with torch.autocast("cuda" if kernels.type == "cpu" else "cpu", BF16, enabled=False):
-        assert layer_norm(x, 8).dtype == F32
+
+
+def test_autocast_of_another_device(autocast: None, kernels: torch.device) -> None:
+    """Only the autocast of the device that x lies on counts."""
+    x = torch.randn(3, 8, dtype=BF16, device=kernels)
+    other = "cuda" if kernels.type == "cpu" else "cpu"
+    # torch.autocast("cuda") does nothing without a GPU.
+    torch.set_autocast_enabled(other, True)
+    try:
+        with torch.autocast(kernels.type, enabled=False):
+            assert layer_norm(x, 8).dtype == BF16
+    finally:
+        torch.set_autocast_enabled(other, False)
+    assert layer_norm(x, 8).dtype == F32
 
 
 def test_model(autocast: None, kernels: torch.device) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -600,26 +601,28 @@ def test_threads(kernels: torch.device, monkeypatch: pytest.MonkeyPatch) -> None
 
     cases = [make_case(4, 4 + i, torch.float64, kernels) for i in range(2)]
     barrier = threading.Barrier(len(cases))
-    results: list[list[tuple[Tensor, ...]]] = [[] for _ in cases]
 
-    def work(case: Case, found: list[tuple[Tensor, ...]]) -> None:
-        barrier.wait()
-        for _ in range(5):
-            inputs = leaves(case)
-            y = layer_norm(inputs[0], case.shape, *inputs[1:])
-            found.append((y.detach(), *torch.autograd.grad(y, inputs, case.dy)))
+    def work(case: Case) -> list[tuple[Tensor, ...]]:
+        results = []
+        try:
+            for _ in range(3):
+                inputs = leaves(case)
+                barrier.wait()
+                y = layer_norm(inputs[0], case.shape, *inputs[1:])
+                barrier.wait()
+                results.append((y.detach(), *torch.autograd.grad(y, inputs, case.dy)))
+        except BaseException:
+            barrier.abort()
+            raise
+        return results
 
-    threads = [threading.Thread(target=work, args=a) for a in zip(cases, results, strict=True)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for case, found in zip(cases, results, strict=True):
+    with ThreadPoolExecutor(len(cases)) as pool:
+        found = list(pool.map(work, cases))
+    for case, results in zip(cases, found, strict=True):
         inputs = leaves(case)
         y = F.layer_norm(inputs[0], case.shape, *inputs[1:])
         expected = (y.detach(), *torch.autograd.grad(y, inputs, case.dy))
-        assert len(found) == 5
-        for result in found:
+        for result in results:
             assert_close(result, expected)
 
 

@@ -107,7 +107,7 @@ def _pretend(detection: pytest.MonkeyPatch, module: ModuleType | None) -> None:
     """Let `import triton` give `module`, or fail as if there were none."""
     if module is not None:
         module.__spec__ = importlib.util.spec_from_loader("triton", None)
-    detection.setitem(sys.modules, "triton", module)  # type: ignore[arg-type]  # None blocks it
+    detection.setitem(sys.modules, "triton", module)  # None blocks it
 
 
 def test_triton_that_is_too_old(detection: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock  # comes with torch
 
 pytest.importorskip("triton")
 
@@ -28,8 +29,21 @@ Entry = dict[str, Any]
 
 
 @pytest.fixture(scope="module")
-def report() -> list[Entry]:
+def report(tmp_path_factory: pytest.TempPathFactory) -> list[Entry]:
     """Every compiled kernel, from a process in which Triton does not interpret."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # the workers of one run compile once between them
+    path = folder / "codegen.json"
+    with FileLock(folder / "codegen.lock"):
+        if not path.exists():
+            path.write_text(compile_everything())
+    entries: list[Entry] = json.loads(path.read_text())
+    return entries
+
+
+def compile_everything() -> str:
+    """Run codegen.py outside of the interpreter; return its JSON."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, str(Path(__file__).with_name("codegen.py")), "--json"]
     if os.environ.get("CODEGEN_FULL"):
@@ -37,8 +51,7 @@ def report() -> list[Entry]:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         pytest.fail(done.stderr, pytrace=False)
-    entries: list[Entry] = json.loads(done.stdout)
-    return entries
+    return done.stdout
 
 
 @pytest.fixture(scope="module")

@@ -391,7 +391,7 @@ def expected_of(sample: Sample) -> list[tuple[torch.Size, torch.dtype]]:
     return [(torch.Size(shape), dtype) for shape, dtype in shapes]
 
 
-@pytest.mark.parametrize("name", ["plain", "no affine", "float32 parameters", "two dimensions"])
+@pytest.mark.parametrize("name", ["plain", "no affine", "float32 parameters", "transposed"])
 def test_fake_tensors(launches: list[Launch], kernels: torch.device, name: str) -> None:
     """Fake tensors go through forward and backward, and launch nothing."""
     sample = SAMPLES[name]

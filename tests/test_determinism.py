@@ -38,7 +38,7 @@ def test_two_runs_are_equal(kernels: torch.device, cols: int, dtype: torch.dtype
 def test_row_alone_equals_row_in_batch(
     kernels: torch.device, cols: int, dtype: torch.dtype
 ) -> None:
-    """y and dx of a row have the same bits alone, in pairs and in a batch of seven."""
+    """Y and dx of a row have the same bits alone, in pairs and in a batch of seven."""
     case = make_case(7, cols, dtype, kernels, mean=2.0)
     batch = run(fusednorm.layer_norm, case)
     for rows in (slice(0, 1), slice(6, 7), slice(3, 5)):

@@ -56,7 +56,7 @@ def _sources(root: Path) -> dict[str, Path]:
         "bench": "bench",
         "examples": "examples",
     }
-    sources = {}
+    sources: dict[str, Path] = {}
     for folder, prefix in prefixes.items():
         for path in sorted((root / folder).rglob("*.py")):
             parts = path.relative_to(root / folder).with_suffix("").parts

@@ -62,7 +62,8 @@ def _offset_by_one(values: Tensor) -> Tensor:
 
 def _sliding_windows(values: Tensor) -> Tensor:
     *batch, cols = values.shape
-    return values.flatten().unfold(0, cols, 1)[: math.prod(batch)].unflatten(0, batch)
+    windows = values.flatten().unfold(0, cols, 1)[: math.prod(batch)]
+    return windows.view(*batch, cols)
 
 
 # Each takes contiguous values of shape [B, T, N]; those that repeat rows take the first ones.
@@ -290,10 +291,10 @@ def test_strided_normalised_dimensions(
 def test_strided_parameters_of_several_dimensions(kernels: torch.device) -> None:
     """A transposed weight gets its gradient element by element."""
     x = torch.randn(5, 3, 4, device=kernels)
-    leaves = [torch.randn(4, 3, device=kernels).t().requires_grad_() for _ in range(2)]
+    weight, bias = (torch.randn(4, 3, device=kernels).t().requires_grad_() for _ in range(2))
     dy = torch.randn_like(x)
-    ours = torch.autograd.grad(fusednorm.layer_norm(x, (3, 4), *leaves), leaves, dy)
-    torchs = torch.autograd.grad(F.layer_norm(x, (3, 4), *leaves), leaves, dy)
+    ours = torch.autograd.grad(fusednorm.layer_norm(x, (3, 4), weight, bias), (weight, bias), dy)
+    torchs = torch.autograd.grad(F.layer_norm(x, (3, 4), weight, bias), (weight, bias), dy)
     for our, their in zip(ours, torchs, strict=True):
         torch.testing.assert_close(our, their)
 
@@ -468,12 +469,13 @@ def test_nothing_outside_the_tensors_is_read_or_written(
     drawn = make_case(rows, cols, dtype, kernels)
     assert drawn.weight is not None
     assert drawn.bias is not None
-    case = Case(*map(_between_nans, (drawn.x, drawn.weight, drawn.bias, drawn.dy)))
+    x, weight, bias, dy = map(_between_nans, (drawn.x, drawn.weight, drawn.bias, drawn.dy))
+    case = Case(x, weight, bias, dy)
     truth = oracle(case)
     torchs = run(F.layer_norm, case)
 
     # What the backward of `looped` rows does is what `split` shows.
-    leaves = [tensor.requires_grad_() for tensor in (case.x, case.weight, case.bias)]  # type: ignore[union-attr]
+    leaves = [tensor.requires_grad_() for tensor in (x, weight, bias)]
     with monkeypatch.context() as patch:
         memory = _GuardedMemory(patch)
         y = fusednorm.layer_norm(leaves[0], cols, leaves[1], leaves[2])
@@ -491,15 +493,19 @@ def test_nothing_outside_the_tensors_is_read_or_written(
 
 
 def _far_apart(values: Tensor, stride: int) -> Tensor:
-    """Return a copy of [M, N] `values` with rows `stride` elements apart, in untouched memory."""
+    """Return a copy of [M, N] `values` with rows `stride` elements apart, in untouched memory.
+
+    As much memory lies before the rows, where an offset that has wrapped around finds zeros.
+    """
     rows, cols = values.shape
-    elements = (rows - 1) * stride + cols
+    before = 2**31
+    size = (before + (rows - 1) * stride + cols) * values.itemsize
     try:
-        storage = torch.UntypedStorage(elements * values.itemsize, device=values.device)
+        storage = torch.UntypedStorage(size, device=values.device)
     except RuntimeError as error:
-        pytest.skip(f"no {elements * values.itemsize / 1e9:.1f} GB of address space: {error}")
+        pytest.skip(f"no {size / 1e9:.1f} GB of address space: {error}")
     empty = torch.empty(0, dtype=values.dtype, device=values.device)
-    return empty.set_(storage, 0, values.shape, (stride, 1)).copy_(values)
+    return empty.set_(storage, before, values.shape, (stride, 1)).copy_(values)
 
 
 @pytest.mark.parametrize(
@@ -513,7 +519,8 @@ def _far_apart(values: Tensor, stride: int) -> Tensor:
 def test_rows_beyond_int32(kernels: torch.device, strided: str, rows: int, stride: int) -> None:
     """Offsets of rows are 64 bits wide; only the rows themselves are ever in memory."""
     case = make_case(rows, 100, torch.bfloat16, kernels)
-    _assert_right(replace(case, **{strided: _far_apart(getattr(case, strided), stride)}))
+    setattr(case, strided, _far_apart(getattr(case, strided), stride))
+    _assert_right(case)
 
 
 # Dtypes

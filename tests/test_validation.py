@@ -41,7 +41,7 @@ class _NoOperators(TorchDispatchMode):
 
 def _message(error: type[Exception], call: Callable[[], object]) -> str:
     """Return the message of the error that `call` raises before it runs any operator."""
-    with pytest.raises(error) as caught, _NoOperators():
+    with pytest.raises(error) as caught, _NoOperators():  # type: ignore[no-untyped-call]
         call()
     assert caught.type is error
     return str(caught.value)
@@ -78,18 +78,15 @@ OTHER_DTYPES = [torch.int32, torch.uint8, torch.bool, torch.complex64, torch.flo
 
 
 @pytest.mark.parametrize("argument", ["input", "weight", "bias"])
+@pytest.mark.parametrize("rows", [2, 0])
 @pytest.mark.parametrize("dtype", OTHER_DTYPES, ids=str)
-def test_dtype(backend: str, argument: str, dtype: torch.dtype) -> None:
+def test_dtype(backend: str, argument: str, dtype: torch.dtype, rows: int) -> None:
     """Integers, complex numbers and eight-bit floats are refused, also without elements."""
-    for rows in (2, 0):
-        arguments = {"input": _ones(rows, 4), "weight": _ones(4), "bias": _ones(4)}
-        arguments[argument] = arguments[argument].to(dtype)
-        message = _message(
-            TypeError,
-            lambda arguments=arguments: fusednorm.layer_norm(normalized_shape=4, **arguments),
-        )
-        name = str(dtype).removeprefix("torch.")
-        assert message == f"layer_norm: expected {argument} of dtype {FLOATS}, got {name}"
+    arguments: dict[str, Any] = {"input": _ones(rows, 4), "weight": _ones(4), "bias": _ones(4)}
+    arguments[argument] = arguments[argument].to(dtype)
+    message = _message(TypeError, lambda: fusednorm.layer_norm(normalized_shape=4, **arguments))
+    name = str(dtype).removeprefix("torch.")
+    assert message == f"layer_norm: expected {argument} of dtype {FLOATS}, got {name}"
 
 
 @pytest.mark.parametrize(
@@ -177,8 +174,9 @@ def test_parameter_of_another_shape(
     backend: str, argument: str, shape: tuple[int, ...], given: tuple[int, ...]
 ) -> None:
     """Parameters do not broadcast: their shape is normalized_shape."""
-    x, parameter = _ones(3, 2, 4), _ones(*given)
-    message = _message(ValueError, lambda: fusednorm.layer_norm(x, shape, **{argument: parameter}))
+    x = _ones(3, 2, 4)
+    parameter: dict[str, Any] = {argument: _ones(*given)}
+    message = _message(ValueError, lambda: fusednorm.layer_norm(x, shape, **parameter))
     assert message == f"layer_norm: expected {argument} of shape {shape}, got {given}"
 
 
@@ -188,8 +186,9 @@ def test_parameter_on_another_device(
     backend: str, argument: str, input_device: str, other: str
 ) -> None:
     """Both devices are named before any kernel is given a foreign pointer."""
-    x, parameter = _ones(2, 4, device=input_device), _ones(4, device=other)
-    message = _message(ValueError, lambda: fusednorm.layer_norm(x, 4, **{argument: parameter}))
+    x = _ones(2, 4, device=input_device)
+    parameter: dict[str, Any] = {argument: _ones(4, device=other)}
+    message = _message(ValueError, lambda: fusednorm.layer_norm(x, 4, **parameter))
     assert message == (
         f"layer_norm: expected {argument} on {input_device}, where input is, got {other}"
     )
@@ -259,7 +258,7 @@ def test_the_first_wrong_argument_is_named(backend: str) -> None:
     """The order is that of the arguments: input, its shape, weight, bias, eps."""
     wrong: dict[str, Any] = {"weight": _ones(3), "bias": _ones(2), "eps": "x"}
     x = _ones(2, 4)
-    calls = [
+    calls: list[tuple[str, Callable[[], object]]] = [
         ("input", lambda: fusednorm.layer_norm(None, "4", **wrong)),  # type: ignore[arg-type]
         ("normalized_shape", lambda: fusednorm.layer_norm(x, "4", **wrong)),  # type: ignore[arg-type]
         ("input of shape", lambda: fusednorm.layer_norm(x, 5, **wrong)),

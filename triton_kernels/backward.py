@@ -194,7 +194,10 @@ def _sum_partials(
         rows = tl.cast(first, tl.int64) + tl.arange(0, ROWS)
         mask = (rows[:, None] < partials) & (cols[None, :] < N)
         total += tl.load(partial_ptr + (rows * N)[:, None] + cols[None, :], mask=mask, other=0.0)
-    tl.store(out_ptr + cols, tl.sum(total, axis=0).to(out_ptr.dtype.element_ty), mask=cols < N)
+    result = tl.sum(total, axis=0)
+    if out_ptr.dtype.element_ty.primitive_bitwidth == 16:
+        result = result.to(tl.float32)  # there is no direct way from float64
+    tl.store(out_ptr + cols, result.to(out_ptr.dtype.element_ty), mask=cols < N)
 
 
 @triton.jit(do_not_specialize=("partials",))
