@@ -87,7 +87,8 @@ def _shape_tuple(op: str, normalized_shape: object) -> tuple[int, ...]:
         and not isinstance(sizes, str | bytes)
         and all(map(_is_size, sizes))
     ):
-        return tuple(size if isinstance(size, torch.SymInt) else int(size) for size in sizes)
+        # A SymInt stands for an int until a compiler knows it.
+        return tuple(size if isinstance(size, torch.SymInt) else int(size) for size in sizes)  # type: ignore[misc]
     expected = "normalized_shape to be an int or a sequence of ints"
     fail(op, expected, repr(normalized_shape), TypeError)
 
