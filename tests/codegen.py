@@ -356,13 +356,26 @@ def _inspect_amd(kernel: Any) -> dict[str, Any]:
     }
 
 
+def _try_compile(job: Job) -> tuple[list[Any], str]:
+    # One kernel that does not compile must not hide the others.
+    try:
+        return compile_job(job), ""
+    except Exception as error:
+        return [], f"{type(error).__name__}: {error}"
+
+
 def inspect(arch: str, work: list[Job]) -> list[dict[str, Any]]:
     """Compile what jobs for one target launch and describe each kernel."""
-    compiled = [(job, kernel) for job in work for kernel in compile_job(job)]
+    entries = []
+    compiled: list[tuple[Job, Any]] = []
+    for job in work:
+        kernels, error = _try_compile(job)
+        compiled += [(job, kernel) for kernel in kernels]
+        if error:
+            entries.append({**dataclasses.asdict(job), "error": error})
     kernels = [kernel for _, kernel in compiled]
     nvidia = TARGETS[arch][0].backend == "cuda"
     details = _inspect_nvidia(arch, kernels) if nvidia else map(_inspect_amd, kernels)
-    entries = []
     for (job, kernel), detail in zip(compiled, details, strict=True):
         names = kernel.src.fn.arg_names
         itemsize = DTYPES[job.dtype].itemsize
@@ -415,6 +428,10 @@ def describe(entry: dict[str, Any]) -> str:
 
 def row(entry: dict[str, Any]) -> str:
     """Return an entry as a line of the report."""
+    if "error" in entry:
+        return f"{entry['arch']:6} {entry['kind']} {entry['dtype']} N={entry['cols']} " + " ".join(
+            entry["error"].split()
+        )
     accesses = " ".join(
         f"{name}:{kind}{width}x{count}"
         for name, kinds in entry["accesses"].items()

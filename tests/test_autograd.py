@@ -190,7 +190,10 @@ def third_derivatives(norm: Function, inputs: tuple[Tensor, ...], dy: Tensor) ->
     return found
 
 
-@BACKENDS
+OF_TORCH = pytest.mark.xfail(reason="torch's operator, and pytorch issue 175754 with it")
+
+
+@pytest.mark.parametrize("backend", ["triton", pytest.param("torch", marks=OF_TORCH)])
 @pytest.mark.parametrize(("shape", "normalized"), SHAPES)
 def test_third_derivatives(
     device: torch.device, backend: str, shape: tuple[int, ...], normalized: tuple[int, ...]

@@ -57,7 +57,7 @@ def compile_everything() -> str:
 @pytest.fixture(scope="module")
 def rungs(report: list[Entry]) -> list[Entry]:
     """The kernels as users get them."""
-    return [entry for entry in report if not entry["planted"]]
+    return [entry for entry in report if "error" not in entry and not entry["planted"]]
 
 
 def planted(report: list[Entry], fault: str) -> list[Entry]:
@@ -122,6 +122,17 @@ def name(entry: Entry) -> str:
         f"rows={entry['rows']} warps={entry['num_warps']} {constants.get('FORM', '')} "
         f"tile={constants.get('ROWS')}x{constants.get('CHUNKS')}x{constants.get('BLOCK_N')}"
     )
+
+
+@pytest.mark.parametrize("arch", NVIDIA + AMD)
+def test_everything_compiles(report: list[Entry], arch: str) -> None:
+    errors = [
+        f"{e['kind']} {e['dtype']} N={e['cols']}: {e['error']}"
+        for e in report
+        if e["arch"] == arch and "error" in e
+    ]
+    if errors:
+        pytest.fail("\n".join(errors), pytrace=False)
 
 
 @pytest.mark.parametrize("arch", NVIDIA + AMD)
