@@ -86,8 +86,8 @@ MUTANTS = (
     Mutant(
         "looped row: sums not centred",
         "forward.py",
-        "shift = tl.sum(x.to(COMPUTE), axis=1) / BLOCK_N",
-        "shift = tl.sum(x.to(COMPUTE), axis=1) * 0",
+        "shift = tl.sum(first_x, axis=1) / BLOCK_N",
+        "shift = tl.sum(first_x, axis=1) * 0",
         f"{ACCURACY}::test_large_mean_costs_no_digits",
     ),
     Mutant(

@@ -43,7 +43,7 @@ def _load_chunk(
 
 
 # No value of M or of a stride may become part of what is compiled.
-@triton.jit(do_not_specialize=("dy_stride", "x_stride"))
+@triton.jit(do_not_specialize=("dy_stride", "x_stride", "steps"))
 def layer_norm_bwd_sums_kernel(
     dy_ptr,  # [M, N], rows dy_stride apart
     x_ptr,  # [M, N], rows x_stride apart
@@ -54,6 +54,7 @@ def layer_norm_bwd_sums_kernel(
     c2_ptr,  # [M]
     dy_stride: tl.int64,
     x_stride: tl.int64,
+    steps: tl.int32,  # chunks of a row; a constant would unroll the loop, and spill
     N: tl.constexpr,
     BLOCK_N: tl.constexpr,
     DY_VECTOR: tl.constexpr,
@@ -68,7 +69,7 @@ def layer_norm_bwd_sums_kernel(
     x_rows = x_ptr + row_offsets(rows, x_stride, X_VECTOR)
     g_x_hat = tl.zeros((1, BLOCK_N), COMPUTE)
     g_sum = tl.zeros((1, BLOCK_N), COMPUTE)
-    for i in tl.range(0, tl.cdiv(N, BLOCK_N)):
+    for i in tl.range(0, steps):
         cols = chunk_columns(i, BLOCK_N)
         mask = cols[None, :] < N
         weight = load_parameter(weight_ptr, cols, N, 1)
@@ -294,6 +295,7 @@ def layer_norm_bwd(
                 c1,
                 c2,
                 *strides,
+                triton.cdiv(cols, config.sums.block_n),
                 BLOCK_N=config.sums.block_n,
                 **layout,
                 **launch.options(config.sums.num_warps, arch),

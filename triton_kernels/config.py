@@ -144,8 +144,11 @@ def _row_tile(
 
 
 def _looped_tile(itemsize: int, warp_size: int) -> RowTile:
-    """Return the tile of a row that is walked in a loop: two 16-byte accesses a thread a step."""
-    return RowTile(MAX_THREADS * 2 * VECTOR_BYTES // itemsize, 1, 1, MAX_THREADS // warp_size)
+    """Return the tile of a row that is walked in a loop: one 16-byte access a thread and step.
+
+    Two would spill, and four such programs to a processor keep 32 KB in flight as it is.
+    """
+    return RowTile(MAX_THREADS * VECTOR_BYTES // itemsize, 1, 1, MAX_THREADS // warp_size)
 
 
 @lru_cache(maxsize=4096)

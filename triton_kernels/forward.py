@@ -46,7 +46,7 @@ def _store_chunk(
 
 
 # No value of M or of a stride may become part of what is compiled.
-@triton.jit(do_not_specialize=("M", "x_stride"))
+@triton.jit(do_not_specialize=("M", "x_stride", "steps"))
 def layer_norm_fwd_kernel(
     x_ptr,  # [M, N], rows x_stride apart
     weight_ptr,  # [N] or None
@@ -56,6 +56,7 @@ def layer_norm_fwd_kernel(
     rstd_ptr,  # [M], or None
     M: tl.int64,
     x_stride: tl.int64,
+    steps: tl.int32,  # chunks of a looped row; a constant would unroll the loop, and spill
     eps: tl.float64,
     N: tl.constexpr,
     ROWS: tl.constexpr,
@@ -70,14 +71,15 @@ def layer_norm_fwd_kernel(
 
     if LOOPED:
         # Differences from the mean of the first chunk are small however large the mean is.
-        cols = chunk_columns(0, BLOCK_N)
-        x = tl.load(x_rows + cols[None, :], mask=tile_mask(rows, M, cols, N, ROWS), other=0.0)
-        shift = tl.sum(x.to(COMPUTE), axis=1) / BLOCK_N
+        first = chunk_columns(0, BLOCK_N)
+        mask = tile_mask(rows, M, first, N, ROWS)
+        first_x = tl.load(x_rows + first[None, :], mask=mask, other=0.0).to(COMPUTE)
+        shift = tl.sum(first_x, axis=1) / BLOCK_N
         # One Welford accumulator per lane: no reduction across lanes until the row has been read.
         lane_mean = tl.zeros((ROWS, BLOCK_N), COMPUTE)
         lane_m2 = tl.zeros((ROWS, BLOCK_N), COMPUTE)
         lane_count = tl.zeros((ROWS, BLOCK_N), COMPUTE)
-        for i in tl.range(0, tl.cdiv(N, BLOCK_N)):
+        for i in tl.range(0, steps):
             cols = chunk_columns(i, BLOCK_N)
             mask = tile_mask(rows, M, cols, N, ROWS)
             x = tl.load(x_rows + cols[None, :], mask=mask, other=0.0).to(COMPUTE)
@@ -90,7 +92,7 @@ def layer_norm_fwd_kernel(
         offset = lane_mean - correction[:, None]
         var = tl.sum(offset * offset * lane_count + lane_m2, axis=1) / N
         rstd = tl.rsqrt(var + tl.full((ROWS,), eps, COMPUTE))
-        for i in tl.range(0, tl.cdiv(N, BLOCK_N)):
+        for i in tl.range(0, steps):
             cols = chunk_columns(i, BLOCK_N)
             mask = tile_mask(rows, M, cols, N, ROWS)
             x = tl.load(x_rows + cols[None, :], mask=mask, other=0.0).to(COMPUTE)
@@ -197,6 +199,7 @@ def layer_norm_fwd(
             rstd,
             rows,
             stride,
+            triton.cdiv(cols, tile.block_n),
             eps,
             N=cols,
             ROWS=tile.rows,
