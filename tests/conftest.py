@@ -15,6 +15,8 @@ if not torch.cuda.is_available():
 
     patch_language_once_per_launch()
 
+from spies import Launch, record_launches
+
 from fusednorm import backends
 
 
@@ -43,3 +45,9 @@ def kernels(device: torch.device, poison: None) -> Iterator[torch.device]:
     """Force the Triton kernels on poisoned memory; the value is their device."""
     with backends.use("triton"):
         yield device
+
+
+@pytest.fixture
+def launches(kernels: torch.device, monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
+    """The kernel launches of the test so far; the test may empty the list."""
+    return record_launches(monkeypatch)

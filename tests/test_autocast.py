@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import Case, Result, assert_accurate, make_case, run
-from spies import Launch, record_launches
+from spies import Launch
 from torch import Tensor, nn
 
 import fusednorm
@@ -28,12 +28,6 @@ AUTOCAST_KEYS = {
     "hpu": "AutocastHPU",
     "xla": "AutocastXLA",
 }
-
-
-@pytest.fixture
-def launches(kernels: torch.device, monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
-    """The kernel launches of the test so far."""
-    return record_launches(monkeypatch)
 
 
 @pytest.fixture

@@ -41,12 +41,6 @@ Function = Callable[..., Any]
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 
 
-@pytest.fixture
-def launches(kernels: torch.device, monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
-    """The kernel launches of the test so far; the test may empty the list."""
-    return record_launches(monkeypatch)
-
-
 def names(launches: list[Launch]) -> list[str]:
     """Return the names of the kernels that were launched."""
     return [
