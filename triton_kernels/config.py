@@ -110,6 +110,12 @@ def vector_elements(stride: int, itemsize: int) -> int:
     return widest if stride == 0 else min(widest, stride & -stride)
 
 
+def _idle_lanes(cols: int, block: int) -> float:
+    """Return the share of the lanes that a row of `cols` leaves idle in chunks of `block`."""
+    lanes = -(-cols // block) * block
+    return (lanes - cols) / lanes
+
+
 def _row_tile(
     cols: int, itemsize: int, per_thread: int, rows_per_thread: int, warp_size: int
 ) -> RowTile:
@@ -129,9 +135,7 @@ def _row_tile(
         # Long rows: the fewest threads that hold the row, never fewer than 32, so that short rows
         # need no reduction across warps and vectors stay 16 bytes wide.
         block = max(next_power_of_two(-(-cols * vector // per_thread)), 32 * vector)
-    while 4 * (-(-cols // block) * block - cols) >= -(-cols // block) * block and (
-        block * itemsize > MIN_BLOCK_BYTES
-    ):
+    while block * itemsize > MIN_BLOCK_BYTES and _idle_lanes(cols, block) >= 0.25:
         block //= 2
     block = min(block, MAX_THREADS * vector)
     chunks = -(-cols // block)
@@ -146,7 +150,7 @@ def _row_tile(
 def _looped_tile(itemsize: int, warp_size: int) -> RowTile:
     """Return the tile of a row that is walked in a loop: one 16-byte access a thread and step.
 
-    Two would spill, and four such programs to a processor keep 32 KB in flight as it is.
+    Four such programs fill the threads of a processor and keep 32 KB in flight.
     """
     return RowTile(MAX_THREADS * VECTOR_BYTES // itemsize, 1, 1, MAX_THREADS // warp_size)
 
