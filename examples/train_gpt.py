@@ -460,7 +460,7 @@ def parse_args(argv: Sequence[str] | None, longest_context: int) -> argparse.Nam
     add("--device", type=usable_device, default=device, help="cpu, cuda or cuda:N")
     add("--dtype", choices=DTYPES, default="fp32", help="bf16 trains under autocast")
     add("--compile", action="store_true", help="train through torch.compile")
-    add("--steps", type=at_least(int, 1), default=1000, help="optimizer steps of each run")
+    add("--steps", type=at_least(int, 1), default=800, help="optimizer steps of each run")
     add("--batch-size", type=at_least(int, 1), default=16, help="windows of text per step")
     add("--context", type=at_least(int, 1), default=64, help="characters per window")
     add("--layers", type=at_least(int, 1), default=3, help="Transformer blocks")
