@@ -1,6 +1,6 @@
 """What the compilers make of the kernels: spills, vectors and pipelines, without a device.
 
-`CODEGEN_FULL=1` (`make codegen`) compiles every rung for every target instead of a selection.
+`CODEGEN_FULL=1` compiles every rung for every target instead of a selection.
 """
 
 from __future__ import annotations

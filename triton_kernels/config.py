@@ -84,7 +84,8 @@ class BackwardConfig:
             the row sums in a kernel of their own and then works by column blocks.
         sums: How the split form's first kernel walks a row; None in the other forms.
         num_stages: Depth of the row pipeline; 1 means that nothing is prefetched.
-        programs_per_processor: Programs that fit on one processor at once.
+        programs_per_processor: Programs that the grid counts on per processor, at 128 registers a
+            thread.
     """
 
     tile: RowTile
