@@ -458,7 +458,7 @@ def main() -> None:
     parser.add_argument("--cols", action="append", type=int)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    if launch.interpreted():
+    if triton.knobs.runtime.interpret:
         sys.exit("unset TRITON_INTERPRET: interpreted kernels have no machine code")
     work = [
         job

@@ -14,8 +14,7 @@ import fusednorm
 
 INTERPRETED = not torch.cuda.is_available()
 
-HALF_DTYPES = (torch.float16, torch.bfloat16)
-DTYPES = (*HALF_DTYPES, torch.float32, torch.float64)
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass

@@ -19,11 +19,6 @@ TRITON_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}
 _INTERPRETER = Architecture(warp_size=32, processors=4, shared_bytes=232448, registers=0)
 
 
-def interpreted() -> bool:
-    """Return whether the kernels run in Triton's interpreter, on CPU tensors."""
-    return bool(triton.knobs.runtime.interpret)
-
-
 @cache
 def architecture(device: torch.device) -> Architecture:
     """Return the launch policy's view of a device."""
