@@ -1,16 +1,26 @@
-"""Fused LayerNorm for torch: a drop-in for ``nn.LayerNorm`` on Triton kernels."""
+"""Fused norms for torch: LayerNorm, RMSNorm and the terms around them, on Triton kernels."""
 
 from fusednorm import backends
 from fusednorm._version import __version__
-from fusednorm.functional import layer_norm
+from fusednorm.functional import (
+    add_layer_norm,
+    add_rms_norm,
+    layer_norm,
+    modulated_layer_norm,
+    rms_norm,
+)
 from fusednorm.modules import LayerNorm
 from fusednorm.replace import replace_norms, restore_norms
 
 __all__ = [
     "LayerNorm",
     "__version__",
+    "add_layer_norm",
+    "add_rms_norm",
     "backends",
     "layer_norm",
+    "modulated_layer_norm",
     "replace_norms",
     "restore_norms",
+    "rms_norm",
 ]

@@ -2,7 +2,8 @@
 
 A plain eager call goes through `LayerNormFunction` straight to the launchers. Traced calls and
 tensor subclasses go through the registered operators, whose autograd formulas stand below. Both
-share one backward; every higher derivative comes from `reference.layer_norm_bwd`.
+share what they save and one backward; every higher derivative comes from
+`reference.layer_norm_bwd`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,12 @@ import torch
 from torch import Tensor
 
 from fusednorm import ops, reference
+from fusednorm.reference import Spec
+
+Tensors = tuple[Tensor | None, ...]
+"""x, residual, gate, weight, bias, scale and shift, which are differentiable, and the seed."""
+
+_DIFFERENTIABLE = 7
 
 
 def transforms_active() -> bool:
@@ -35,102 +42,160 @@ def plain(*tensors: Tensor | None) -> bool:
     )
 
 
-def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Return dx, dweight, dbias for the first three differentiable inputs of `ctx`."""
-    input, weight, bias, mean, rstd = ctx.saved_tensors
-    shape, eps, mask = ctx.normalized_shape, ctx.eps, ctx.output_mask
-    # is_grads_batched=True still batches dy through the vmap that preceded torch.func.
-    if transforms_active() or torch._C._functorch.is_legacy_batchedtensor(dy):
-        return reference.layer_norm_bwd(dy, input, shape, weight, bias, eps, mask)
-    if not torch.is_grad_enabled() and plain(dy, input):
-        return ops.kernels_bwd(dy, input, shape, mean, rstd, weight, bias, mask)
-    grads = ops.layer_norm_bwd(dy, input, shape, mean, rstd, weight, bias, eps, mask)
-    dx, dweight, dbias = (
-        grad if wanted else None for grad, wanted in zip(grads, mask, strict=True)
+def _save(
+    ctx: Any, tensors: tuple[Any, ...], spec: Spec, outputs: Tensors, needs: tuple[bool, ...]
+) -> None:
+    """Save what the backward reads: h, the row statistics, the parameters, and x for dgate only."""
+    x, residual, gate, weight, bias, scale, shift, seed = tensors
+    h, mean, rstd = outputs
+    if spec.h_dtype is None:
+        h = x
+    ctx.save_for_backward(
+        x if gate is not None and needs[2] else None,
+        *(h, mean, rstd, gate, weight, bias, scale, shift, seed),
     )
-    return dx, dweight, dbias
+    ctx.spec, ctx.output_mask = spec, needs
+    ctx.dtypes = x.dtype, x.dtype if residual is None else residual.dtype
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, dz: Tensor | None, dh: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Return the gradients of x, residual, gate, weight, bias, scale and shift."""
+    x, h, mean, rstd, *parameters = ctx.saved_tensors
+    gate, *_, seed = parameters
+    spec, mask, dtypes = ctx.spec, ctx.output_mask, ctx.dtypes
+    unscaled = gate is None and seed is None
+    if dz is None:
+        if dh is None:
+            return (None,) * _DIFFERENTIABLE
+        if unscaled:
+            streams = (
+                dh.to(dtype) if want else None for dtype, want in zip(dtypes, mask[:2], strict=True)
+            )
+            return *streams, *(None,) * 5
+        mask = (*mask[:3], False, False, False, False)
+    # Without gate and dropout dx and dresidual are one tensor.
+    shared = unscaled and mask[1] and dtypes[0] == dtypes[1]
+    if shared:
+        mask = (True, False, *mask[2:])
+    grads = _gradients(dz, dh, x, h, mean, rstd, parameters, spec, dtypes, mask)
+    if shared:
+        grads = (grads[0] if ctx.output_mask[0] else None, grads[0], *grads[2:])
+    return grads
+
+
+def _gradients(
+    dz: Tensor | None,
+    dh: Tensor | None,
+    x: Tensor | None,
+    h: Tensor,
+    mean: Tensor | None,
+    rstd: Tensor,
+    parameters: Any,
+    spec: Spec,
+    dtypes: tuple[torch.dtype, torch.dtype],
+    mask: Any,
+) -> tuple[Tensor | None, ...]:
+    # is_grads_batched=True still batches dz through the vmap that preceded torch.func.
+    if transforms_active() or any(
+        grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad) for grad in (dz, dh)
+    ):
+        return reference.layer_norm_bwd(
+            *(dz, dh, x, h, *parameters),
+            spec=spec,
+            x_dtype=dtypes[0],
+            residual_dtype=dtypes[1],
+            output_mask=mask,
+        )
+    shape, eps, rms, dropout_p, _, _, x_hat_dtype = spec
+    tensors = (dz, dh, x, h, mean, rstd, *parameters)
+    if not torch.is_grad_enabled() and plain(dz, dh, h):
+        return ops.kernels_bwd(*tensors, shape, dropout_p, *dtypes, x_hat_dtype, mask)
+    grads = ops.layer_norm_bwd(*tensors, shape, eps, rms, dropout_p, *dtypes, x_hat_dtype, mask)
+    return tuple(grad if wanted else None for grad, wanted in zip(grads, mask, strict=True))
 
 
 class LayerNormFunction(torch.autograd.Function):
     """Layer norm of plain tensors through the kernels, with their fused backward."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        input: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        normalized_shape: tuple[int, ...],
-        eps: float,
-        out_dtype: torch.dtype,
-    ) -> Tensor:
-        """Run the forward kernel; save the inputs and the row statistics."""
-        y, mean, rstd = ops.kernels_fwd(
-            input, normalized_shape, weight, bias, eps, out_dtype, save_stats=True
-        )
-        ctx.save_for_backward(input, weight, bias, mean, rstd)
-        ctx.normalized_shape, ctx.eps = normalized_shape, eps
-        ctx.output_mask = ctx.needs_input_grad[:3]
-        ctx.set_materialize_grads(False)
-        return y
+    def forward(ctx: Any, spec: Spec, *tensors: Tensor | None) -> Any:
+        """Run the forward kernel; return z, and h where it is not x."""
+        z, *outputs = ops.kernels_fwd(*tensors, *spec, save_stats=True, store_h=True)
+        _save(ctx, tensors, spec, tuple(outputs), ctx.needs_input_grad[1 : 1 + _DIFFERENTIABLE])
+        return z if spec.h_dtype is None else (z, outputs[0])
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor | None) -> Any:
+    def backward(ctx: Any, dz: Tensor | None, dh: Tensor | None = None) -> Any:
         """Run the backward kernels."""
-        if dy is None:
-            return None, None, None, None, None, None
-        return *_backward(ctx, dy), None, None, None
+        return None, *_backward(ctx, dz, dh), None
 
 
 def _fwd_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    input, normalized_shape, weight, bias, eps, _ = inputs
-    _, mean, rstd = output
-    ctx.save_for_backward(input, weight, bias, mean, rstd)
-    ctx.normalized_shape, ctx.eps = tuple(normalized_shape), eps
-    needs = ctx.needs_input_grad
-    ctx.output_mask = (needs[0], needs[2], needs[3])
-    ctx.mark_non_differentiable(mean, rstd)
-    ctx.set_materialize_grads(False)
+    tensors, (normalized_shape, *options) = inputs[:8], inputs[8:]
+    spec = Spec(tuple(normalized_shape), *options)
+    _, h, mean, rstd = output
+    ctx.mark_non_differentiable(mean, rstd, *(() if spec.h_dtype is not None else (h,)))
+    outputs = (h, None if spec.rms else mean, rstd)
+    _save(ctx, tensors, spec, outputs, ctx.needs_input_grad[:_DIFFERENTIABLE])
 
 
-def _fwd_backward(ctx: Any, dy: Tensor | None, *_: Tensor | None) -> Any:
-    if dy is None:
-        return None, None, None, None, None, None
-    dx, dweight, dbias = _backward(ctx, dy)
-    return dx, None, dweight, dbias, None, None
+def _fwd_backward(ctx: Any, dz: Tensor | None, dh: Tensor | None, *_: Tensor | None) -> Any:
+    return *_backward(ctx, dz, None if ctx.spec.h_dtype is None else dh), *(None,) * 8
+
+
+_ACTIVE = (0, 1, 2, 3, 6, 7, 8, 9)
+"""Inputs of the backward that its results are differentiable functions of: dz to scale."""
 
 
 def _bwd_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    dy, input, normalized_shape, _, _, weight, bias, eps, output_mask = inputs
-    ctx.save_for_backward(dy, input, weight, bias)
-    ctx.normalized_shape, ctx.eps = tuple(normalized_shape), eps
-    ctx.output_mask = tuple(output_mask)
+    tensors = inputs[:12]
+    ctx.save_for_backward(*(None if i in (4, 5) else tensor for i, tensor in enumerate(tensors)))
+    shape, eps, rms, dropout_p, *dtypes, x_hat_dtype, output_mask = inputs[12:]
+    # out_dtype and h_dtype play no part in a backward.
+    h = inputs[3]
+    ctx.spec = Spec(tuple(shape), eps, rms, dropout_p, h.dtype, h.dtype, x_hat_dtype)
+    ctx.dtypes, ctx.output_mask = dtypes, tuple(output_mask)
     ctx.set_materialize_grads(False)
 
 
 def _bwd_backward(ctx: Any, *cotangents: Tensor | None) -> Any:
-    """Differentiate the backward: the pullback of the reference formulas at dy, x and weight."""
-    dy, input, weight, bias = ctx.saved_tensors
-    dx, dweight, dbias = (
+    """Differentiate the backward: the pullback of the reference formulas."""
+    saved: list[Any] = list(ctx.saved_tensors)
+    received = [
         cotangent if wanted else None
         for cotangent, wanted in zip(cotangents, ctx.output_mask, strict=True)
-    )
-    mask = (dx is not None, dweight is not None, dbias is not None)
+    ]
+    mask: Any = tuple(cotangent is not None for cotangent in received)
+    none: list[Tensor | None] = [None] * 20
     if not any(mask):
-        return (None,) * 9
+        return tuple(none)
+    active = [index for index in _ACTIVE if saved[index] is not None]
 
-    def gradients(dy: Tensor, input: Tensor, weight: Tensor | None = None) -> tuple[Tensor, ...]:
+    def gradients(*primals: Tensor) -> tuple[Tensor, ...]:
+        arguments = dict(enumerate(saved)) | dict(zip(active, primals, strict=True))
+        dz, dh, x, h, _, _, *others = arguments.values()
+        parameters: Any = others
         grads = reference.layer_norm_bwd(
-            dy, input, ctx.normalized_shape, weight, bias, ctx.eps, mask
+            dz,
+            dh,
+            x,
+            h,
+            *parameters,
+            spec=ctx.spec,
+            x_dtype=ctx.dtypes[0],
+            residual_dtype=ctx.dtypes[1],
+            output_mask=mask,
         )
         return tuple(grad for grad in grads if grad is not None)
 
-    primals = (dy, input) if weight is None else (dy, input, weight)
-    _, pullback = torch.func.vjp(gradients, *primals)  # type: ignore[misc]  # has_aux=False
-    ddy, ddx, *ddweight = pullback(
-        tuple(cotangent for cotangent in (dx, dweight, dbias) if cotangent is not None)
+    _, pullback = torch.func.vjp(  # type: ignore[misc]  # has_aux=False
+        gradients, *(saved[index] for index in active)
     )
-    return ddy, ddx, None, None, None, ddweight[0] if ddweight else None, None, None, None
+    results = pullback(tuple(cotangent for cotangent in received if cotangent is not None))
+    for index, result in zip(active, results, strict=True):
+        none[index] = result
+    return tuple(none)
 
 
 torch.library.register_autograd(
@@ -141,26 +206,23 @@ torch.library.register_autograd(
 )
 
 
-def layer_norm(
-    input: Tensor,
-    normalized_shape: tuple[int, ...],
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    """Run the kernels on [*, *normalized_shape] and record what their backward needs."""
-    if not plain(input, weight, bias):
-        y: Tensor = ops.layer_norm_fwd(input, normalized_shape, weight, bias, eps, out_dtype)[0]
-        return y
-    if torch.is_grad_enabled() and (
-        input.requires_grad
-        or (weight is not None and weight.requires_grad)
-        or (bias is not None and bias.requires_grad)
+def layer_norm(*tensors: Tensor | None, spec: Spec, want_h: bool) -> tuple[Tensor, Tensor | None]:
+    """Run the kernels and record what their backward needs.
+
+    Args:
+        tensors: x, residual, gate, weight, bias, scale, shift and seed.
+        spec: What to compute.
+        want_h: Whether the caller uses h.
+
+    Returns:
+        z and h; h is None where it is neither wanted nor needed by a backward, or is x.
+    """
+    if not plain(*tensors):
+        z, h, _, _ = ops.layer_norm_fwd(*tensors, *spec)
+        return z, None if spec.h_dtype is None else h
+    if torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in tensors
     ):
-        return LayerNormFunction.apply(  # type: ignore[no-any-return,no-untyped-call]
-            input, weight, bias, normalized_shape, eps, out_dtype
-        )
-    return ops.kernels_fwd(input, normalized_shape, weight, bias, eps, out_dtype, save_stats=False)[
-        0
-    ]
+        result = LayerNormFunction.apply(spec, *tensors)  # type: ignore[no-untyped-call]
+        return result if isinstance(result, tuple) else (result, None)
+    return ops.kernels_fwd(*tensors, *spec, save_stats=False, store_h=want_h)[:2]

@@ -6,35 +6,41 @@ request for torch never gets as far as an operator.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fusednorm import backends, reference
+from fusednorm.reference import Gradients, Mask, Spec
 
+_SPEC = "SymInt[] normalized_shape, float eps, bool rms, float dropout_p"
 _library = torch.library.Library("fusednorm", "DEF")
 _library.define(
-    "layer_norm_fwd(Tensor input, SymInt[] normalized_shape, Tensor? weight, Tensor? bias, "
-    "float eps, ScalarType out_dtype) -> (Tensor, Tensor, Tensor)"
+    "layer_norm_fwd(Tensor x, Tensor? residual, Tensor? gate, Tensor? weight, Tensor? bias, "
+    f"Tensor? scale, Tensor? shift, Tensor? seed, {_SPEC}, ScalarType out_dtype, "
+    "ScalarType? h_dtype, ScalarType? x_hat_dtype) "
+    "-> (Tensor z, Tensor h, Tensor mean, Tensor rstd)"
 )
 _library.define(
-    "layer_norm_bwd(Tensor dy, Tensor input, SymInt[] normalized_shape, Tensor mean, Tensor rstd, "
-    "Tensor? weight, Tensor? bias, float eps, bool[3] output_mask) -> (Tensor, Tensor, Tensor)"
+    "layer_norm_bwd(Tensor? dz, Tensor? dh, Tensor? x, Tensor h, Tensor? mean, Tensor rstd, "
+    "Tensor? gate, Tensor? weight, Tensor? bias, Tensor? scale, Tensor? shift, Tensor? seed, "
+    f"{_SPEC}, ScalarType x_dtype, ScalarType residual_dtype, ScalarType? x_hat_dtype, "
+    "bool[7] output_mask) -> (Tensor dx, Tensor dresidual, Tensor dgate, Tensor dweight, "
+    "Tensor dbias, Tensor dscale, Tensor dshift)"
 )
 
-Mask = tuple[bool, bool, bool]
 
-
-def kernels_fwd(*args: Any, save_stats: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def kernels_fwd(
+    *args: Any, save_stats: bool, store_h: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Call the launcher of the forward kernel, which imports Triton."""
     from fusednorm.triton_kernels.forward import layer_norm_fwd
 
-    return layer_norm_fwd(*args, save_stats)  # type: ignore[no-any-return]
+    return layer_norm_fwd(*args, save_stats, store_h)  # type: ignore[no-any-return]
 
 
-def kernels_bwd(*args: Any) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def kernels_bwd(*args: Any) -> Gradients:
     """Call the launcher of the backward kernels, which imports Triton."""
     from fusednorm.triton_kernels.backward import layer_norm_bwd
 
@@ -42,80 +48,142 @@ def kernels_bwd(*args: Any) -> tuple[Tensor | None, Tensor | None, Tensor | None
 
 
 def _layer_norm_fwd(
-    input: Tensor,
-    normalized_shape: list[int],
+    x: Tensor,
+    residual: Tensor | None,
+    gate: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    seed: Tensor | None,
+    normalized_shape: list[int],
     eps: float,
+    rms: bool,
+    dropout_p: float,
     out_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
-    shape = tuple(normalized_shape)
-    if backends.serves("triton", input.device):
-        y, mean, rstd = kernels_fwd(input, shape, weight, bias, eps, out_dtype, save_stats=True)
-        return y, mean, rstd  # type: ignore[return-value]  # save_stats
-    return reference.layer_norm_fwd(input, shape, weight, bias, eps, out_dtype)
+    h_dtype: torch.dtype | None,
+    x_hat_dtype: torch.dtype | None,
+) -> tuple[Tensor, ...]:
+    tensors = (x, residual, gate, weight, bias, scale, shift, seed)
+    spec = Spec(tuple(normalized_shape), eps, rms, dropout_p, out_dtype, h_dtype, x_hat_dtype)
+    if backends.serves("triton", x.device):
+        return _fill(kernels_fwd(*tensors, *spec, save_stats=True, store_h=True), x)
+    z, h, mean, rstd = reference.layer_norm(*tensors, spec)
+    stored = None if h_dtype is None else h.contiguous()
+    return _fill((z.contiguous(), stored, mean, rstd), x)
 
 
 def _layer_norm_bwd(
-    dy: Tensor,
-    input: Tensor,
-    normalized_shape: list[int],
-    mean: Tensor,
+    dz: Tensor | None,
+    dh: Tensor | None,
+    x: Tensor | None,
+    h: Tensor,
+    mean: Tensor | None,
     rstd: Tensor,
+    gate: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    seed: Tensor | None,
+    normalized_shape: list[int],
     eps: float,
+    rms: bool,
+    dropout_p: float,
+    x_dtype: torch.dtype,
+    residual_dtype: torch.dtype,
+    x_hat_dtype: torch.dtype | None,
     output_mask: Mask,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     shape = tuple(normalized_shape)
-    if backends.serves("triton", input.device):
-        grads = kernels_bwd(dy, input, shape, mean, rstd, weight, bias, output_mask)
-    else:
-        grads = reference.layer_norm_bwd(dy, input, shape, weight, bias, eps, output_mask)
-    return _fill(grads, input)
+    parameters = (gate, weight, bias, scale, shift, seed)
+    dtypes = (x_dtype, residual_dtype)
+    if backends.serves("triton", h.device):
+        return _fill(
+            kernels_bwd(
+                dz,
+                dh,
+                x,
+                h,
+                mean,
+                rstd,
+                *parameters,
+                shape,
+                dropout_p,
+                *dtypes,
+                x_hat_dtype,
+                output_mask,
+            ),
+            h,
+        )
+    spec = Spec(shape, eps, rms, dropout_p, x_dtype, h.dtype, x_hat_dtype)
+    return _fill(reference.layer_norm_bwd(dz, dh, x, h, *parameters, spec, *dtypes, output_mask), h)
 
 
-def _fill(grads: tuple[Tensor | None, ...], like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Put an empty tensor in the place of each gradient that was not asked for."""
-    dx, dweight, dbias = (like.new_empty(0) if grad is None else grad for grad in grads)
-    return dx, dweight, dbias
+def _fill(results: tuple[Tensor | None, ...], like: Tensor) -> tuple[Tensor, ...]:
+    """Put an empty tensor in the place of each result that there is none of."""
+    return tuple(like.new_empty(0) if result is None else result for result in results)
 
 
 def _layer_norm_fwd_fake(
-    input: Tensor,
-    normalized_shape: list[int],
+    x: Tensor,
+    residual: Tensor | None,
+    gate: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    seed: Tensor | None,
+    normalized_shape: list[int],
     eps: float,
+    rms: bool,
+    dropout_p: float,
     out_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
-    rows = math.prod(input.shape[: input.dim() - len(normalized_shape)])
-    stats = reference.compute_dtype(input.dtype)
-    return (
-        input.new_empty(input.shape, dtype=out_dtype),
-        input.new_empty(rows, dtype=stats),
-        input.new_empty(rows, dtype=stats),
-    )
+    h_dtype: torch.dtype | None,
+    x_hat_dtype: torch.dtype | None,
+) -> tuple[Tensor, ...]:
+    spec = Spec(tuple(normalized_shape), eps, rms, dropout_p, out_dtype, h_dtype, x_hat_dtype)
+    rows = reference.row_count(x, spec)
+    stats = reference.compute_dtype(x.dtype, h_dtype)
+    z = x.new_empty(x.shape, dtype=out_dtype)
+    h = None if h_dtype is None else x.new_empty(x.shape, dtype=h_dtype)
+    mean = None if rms else x.new_empty(rows, dtype=stats)
+    return _fill((z, h, mean, x.new_empty(rows, dtype=stats)), x)
 
 
 def _layer_norm_bwd_fake(
-    dy: Tensor,
-    input: Tensor,
-    normalized_shape: list[int],
-    mean: Tensor,
+    dz: Tensor | None,
+    dh: Tensor | None,
+    x: Tensor | None,
+    h: Tensor,
+    mean: Tensor | None,
     rstd: Tensor,
+    gate: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    seed: Tensor | None,
+    normalized_shape: list[int],
     eps: float,
+    rms: bool,
+    dropout_p: float,
+    x_dtype: torch.dtype,
+    residual_dtype: torch.dtype,
+    x_hat_dtype: torch.dtype | None,
     output_mask: Mask,
-) -> tuple[Tensor, Tensor, Tensor]:
-    sources = (input, weight, bias)
+) -> tuple[Tensor, ...]:
+    streams = (h.new_empty(h.shape, dtype=dtype) for dtype in (x_dtype, residual_dtype))
+    parameters = (
+        None if parameter is None else parameter.new_empty(parameter.shape)
+        for parameter in (gate, weight, bias, scale, shift)
+    )
     return _fill(
         tuple(
-            source.new_empty(source.shape) if wanted and source is not None else None
-            for wanted, source in zip(output_mask, sources, strict=True)
+            gradient if wanted else None
+            for gradient, wanted in zip((*streams, *parameters), output_mask, strict=True)
         ),
-        input,
+        h,
     )
 
 

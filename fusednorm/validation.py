@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import NoReturn
@@ -19,24 +20,21 @@ def fail(
     raise error(f"{operation}: expected {expected}, got {got}")
 
 
-def check_layer_norm(
+def check_norm(
+    op: str,
     input: Tensor,
     normalized_shape: int | Sequence[int],
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
 ) -> tuple[tuple[int, ...], float]:
-    """Check the arguments of `layer_norm`; return `normalized_shape` as a tuple, and `eps`.
+    """Check what every norm takes; return `normalized_shape` as a tuple, and `eps`.
 
     Raises:
         TypeError: An argument is of the wrong kind or dtype.
         ValueError: A shape or a device does not fit.
     """
-    op = "layer_norm"
-    if not isinstance(input, Tensor):
-        fail(op, "input to be a Tensor", type(input).__name__, TypeError)
-    if input.dtype not in DTYPES:
-        _fail_dtype(op, "input", input)
+    _check_tensor(op, "input", input)
     if input.layout is not torch.strided and not input.is_nested:
         layout = str(input.layout).removeprefix("torch.")
         fail(op, "input of strided layout", layout, TypeError)
@@ -46,32 +44,96 @@ def check_layer_norm(
     if input.shape[-len(shape) :] != shape:
         fail(op, f"input of shape (*, {', '.join(map(str, shape))})", tuple(input.shape))
     if weight is not None:
-        _check_parameter(op, "weight", weight, shape, input)
+        _check_companion(op, "weight", weight, input, shape)
     if bias is not None:
-        _check_parameter(op, "bias", bias, shape, input)
+        _check_companion(op, "bias", bias, input, shape)
     return shape, eps if type(eps) is float else _float(op, "eps", eps)
 
 
-def _check_parameter(
-    op: str, name: str, parameter: Tensor, shape: tuple[int, ...], input: Tensor
+def check_residual(op: str, residual: Tensor | None, input: Tensor) -> None:
+    """Check that there is no residual or that it fits `input`."""
+    if residual is not None:
+        _check_companion(op, "residual", residual, input, tuple(input.shape))
+
+
+def check_residual_dtype(op: str, dtype: torch.dtype | None) -> None:
+    """Check the dtype that the caller wants the residual stream in."""
+    if dtype is not None and dtype not in DTYPES:
+        fail(
+            op,
+            "residual_dtype to be None, float16, bfloat16, float32 or float64",
+            dtype,
+            TypeError,
+        )
+
+
+def check_dropout(op: str, dropout_p: float) -> float:
+    """Return the rate of dropout, which leaves something: p = 1 would divide by 0."""
+    p = _float(op, "dropout_p", dropout_p)
+    if not 0 <= p < 1:
+        fail(op, "dropout_p in [0, 1)", p)
+    return p
+
+
+def check_terms(
+    op: str, input: Tensor, shape: tuple[int, ...], **terms: Tensor | None
+) -> list[Tensor | None]:
+    """Return each term as [1 or S, N or 1]: S samples of consecutive rows of `input`."""
+    flat = [
+        None if term is None else _term_rows(op, name, term, input, shape)
+        for name, term in terms.items()
+    ]
+    samples = max((term.shape[0] for term in flat if term is not None), default=1)
+    return [
+        term
+        if term is None or term.shape[0] in (1, samples)
+        else term.repeat_interleave(samples // term.shape[0], 0)
+        for term in flat
+    ]
+
+
+def _term_rows(op: str, name: str, term: Tensor, input: Tensor, shape: tuple[int, ...]) -> Tensor:
+    _check_tensor(op, name, term)
+    _check_device(op, name, term, input)
+    batch = input.shape[: input.dim() - len(shape)]
+    ones = (1,) * (input.dim() - term.dim())
+    leading = (*ones, *term.shape)[: len(batch)]
+    trailing = (*ones, *term.shape)[len(batch) :]
+    sampled = max((i + 1 for i, size in enumerate(leading) if size != 1), default=0)
+    if (
+        term.dim() > input.dim()
+        or (trailing != shape and any(size != 1 for size in trailing))
+        or leading[:sampled] != batch[:sampled]
+    ):
+        per_row = ", ".join(map(str, shape))
+        vectors = f"({per_row}), or ({{}}{per_row}), or ({{}}{', '.join('1' for _ in shape)})"
+        sample = "".join(f"{size}, " if i == 0 else "1, " for i, size in enumerate(batch))
+        fail(op, f"{name} of shape {vectors.format(sample, sample)}", tuple(term.shape))
+    return term.reshape(math.prod(leading), math.prod(trailing))
+
+
+def _check_tensor(op: str, name: str, tensor: Tensor, alternative: str = "") -> None:
+    if not isinstance(tensor, Tensor):
+        fail(op, f"{name} to be a Tensor{alternative}", type(tensor).__name__, TypeError)
+    if tensor.dtype not in DTYPES:
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        fail(op, f"{name} of dtype float16, bfloat16, float32 or float64", dtype, TypeError)
+
+
+def _check_device(op: str, name: str, tensor: Tensor, input: Tensor) -> None:
+    if tensor.device != input.device:
+        fail(op, f"{name} on {input.device}, where input is", tensor.device)
+
+
+def _check_companion(
+    op: str, name: str, tensor: Tensor, input: Tensor, shape: tuple[int, ...]
 ) -> None:
-    if not isinstance(parameter, Tensor):
-        fail(op, f"{name} to be a Tensor or None", type(parameter).__name__, TypeError)
-    if parameter.shape != shape:
-        fail(op, f"{name} of shape {shape}", tuple(parameter.shape))
-    if parameter.device != input.device:
-        fail(op, f"{name} on {input.device}, where input is", parameter.device)
-    if parameter.dtype not in DTYPES:
-        _fail_dtype(op, name, parameter)
-
-
-def _fail_dtype(op: str, name: str, tensor: Tensor) -> NoReturn:
-    fail(
-        op,
-        f"{name} of dtype float16, bfloat16, float32 or float64",
-        str(tensor.dtype).removeprefix("torch."),
-        TypeError,
-    )
+    """Check a tensor that has to have a certain shape."""
+    if not isinstance(tensor, Tensor) or tensor.dtype not in DTYPES:
+        _check_tensor(op, name, tensor, " or None")
+    if tensor.shape != shape:
+        fail(op, f"{name} of shape {shape}", tuple(tensor.shape))
+    _check_device(op, name, tensor, input)
 
 
 def _shape_tuple(op: str, normalized_shape: object) -> tuple[int, ...]:

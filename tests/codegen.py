@@ -123,7 +123,7 @@ def rungs(
         if kind == "forward":
             config = forward_config(cols, itemsize, TARGETS[arch][1])
         else:
-            config = backward_config(cols, itemsize, TARGETS[arch][1])
+            config = backward_config(cols, itemsize, TARGETS[arch][1], 2 * itemsize)
             config = dataclasses.replace(config, programs_per_processor=0)  # not compiled in
         if not exact:
             distinct[config] = cols
@@ -215,11 +215,18 @@ def compile_job(job: Job) -> list[Any]:
         device_guard=lambda device: contextlib.nullcontext(),
     ):
         if job.kind == "forward":
-            forward.layer_norm_fwd(x, shape, weight, weight, 1e-5, dtype, save_stats=True)
+            forward.layer_norm_fwd(
+                x, None, None, weight, weight, None, None, None, shape, 1e-5, False, 0.0, dtype,
+                None, None, save_stats=True, store_h=True,
+            )
         else:
             stats = torch.empty(job.rows, dtype=launch.compute_dtype(dtype), device="meta")
-            wanted = (True, False, False) if job.kind == "backward_dx" else (True, True, True)
-            backward.layer_norm_bwd(x, x, shape, stats, stats, weight, weight, wanted)
+            parameters = job.kind != "backward_dx"
+            wanted = (True, False, False, parameters, parameters, False, False)
+            backward.layer_norm_bwd(
+                x, None, None, x, stats, stats, None, weight, weight, None, None, None, shape, 0.0,
+                dtype, dtype, None, wanted,
+            )
     return compiled
 
 
@@ -292,6 +299,8 @@ def machine_widths(arch: str, cubins: list[bytes]) -> list[dict[str, dict[int, i
 
     The disassembler takes longer to start than to read one kernel, so it gets all of them as one.
     """
+    if not cubins:
+        return []
     codes = [_code(cubin) for cubin in cubins]
     ends = list(itertools.accumulate(map(len, codes)))
     name = arch.replace("sm_", "SM") + ("" if arch == "sm_80" else "a")

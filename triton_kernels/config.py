@@ -28,6 +28,10 @@ MIN_BLOCK_BYTES = 32
 a quarter of the lanes idle, but idle lanes of a fetched sector cost no bandwidth."""
 
 
+MIN_BLOCK = 4
+"""The narrowest tile: one call of dropout's generator serves four columns."""
+
+
 @dataclass(frozen=True)
 class Architecture:
     """What the policy needs to know of a device.
@@ -79,7 +83,7 @@ class BackwardConfig:
 
     Attributes:
         tile: The row tile of the persistent kernel, or the column block of the split form.
-        form: `resident` reads x and dy once and keeps both; `reload` reads them again from L2
+        form: `resident` reads h and dz once and keeps both; `reload` reads them again from L2
             after the row sums, so that only the accumulators stay in registers; `split` computes
             the row sums in a kernel of their own and then works by column blocks.
         sums: How the split form's first kernel walks a row; None in the other forms.
@@ -131,7 +135,7 @@ def _row_tile(
         warp_size: Threads of a warp.
     """
     vector = VECTOR_BYTES // itemsize
-    block = next_power_of_two(cols)
+    block = max(MIN_BLOCK, next_power_of_two(cols))
     if cols > 32 * vector:
         # Long rows: the fewest threads that hold the row, never fewer than 32, so that short rows
         # need no reduction across warps and vectors stay 16 bytes wide.
@@ -169,27 +173,38 @@ def forward_config(cols: int, itemsize: int, arch: Architecture) -> ForwardConfi
 
 
 @lru_cache(maxsize=4096)
-def backward_config(cols: int, itemsize: int, arch: Architecture) -> BackwardConfig:
+def backward_config(
+    cols: int, itemsize: int, arch: Architecture, stream_bytes: int, gate_gradient: bool = False
+) -> BackwardConfig:
     """Return the backward launch for rows of `cols` elements of `itemsize` bytes.
 
-    Each column a thread owns costs two float32 accumulators, and two more registers while x and dy
-    are kept across the row sums: 16 columns a thread take about 100 registers.
+    Each column a thread owns costs two float32 accumulators, and two more registers while h and dz
+    are kept across the row sums: 16 columns a thread take about 100 registers. The gradient of a
+    gate takes an accumulator more.
+
+    Args:
+        cols: Columns of the row, N.
+        itemsize: Bytes of the smallest element that is read, 8 where the sums are float64.
+        arch: The device.
+        stream_bytes: Bytes that are read for each column of a row: those of h, dz, dh and x.
+        gate_gradient: Whether the sums of dgate are kept as well.
     """
     per_thread = 16 if itemsize < 8 else 8
-    resident = MAX_THREADS * per_thread
+    most = 24  # columns a thread whose accumulators leave room for nothing but temporaries
+    if gate_gradient:
+        per_thread, most = per_thread // 2, 16
     sums = None
-    copies = 2  # tiles that one stage of the pipeline holds: x and dy
-    if cols <= resident:
+    if cols <= MAX_THREADS * per_thread:
         form, tile = "resident", _row_tile(cols, itemsize, per_thread, 2, arch.warp_size)
-    elif itemsize == 2 and 2 * cols <= 3 * resident:
-        # 24 accumulator pairs leave no room for x and dy as well; wider types spill even so.
+    elif itemsize == 2 and cols <= MAX_THREADS * most:
+        # There is no room for h and dz as well; wider types spill even so.
         form, tile = "reload", _row_tile(cols, itemsize, per_thread, 1, arch.warp_size)
-        copies = 4  # the pipeline fetches the second reading as well
+        stream_bytes *= 2  # the pipeline fetches the second reading as well
     else:
         form, sums = "split", _looped_tile(itemsize, arch.warp_size)
         threads = 2 * MIN_THREADS
         tile = RowTile(threads * VECTOR_BYTES // itemsize, 1, 2, threads // arch.warp_size)
-    stage_bytes = copies * tile.rows * tile.chunks * tile.block_n * itemsize
+    stage_bytes = stream_bytes * tile.rows * tile.chunks * tile.block_n
     # Three stages keep two tiles in flight while one is worked on; a device whose shared memory
     # does not hold them gets two, or none, and float64 has no registers left for a third. The
     # reductions need under 1 KB beside them.

@@ -5,14 +5,21 @@ from __future__ import annotations
 import contextlib
 import math
 from functools import cache
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from .config import Architecture
+from .config import Architecture, vector_elements
 
-TRITON_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}
+TRITON_DTYPE = {
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+    None: None,
+}
 
 # Stands in for the device when the kernels run in Triton's interpreter: few processors, so that
 # small tests still give every program several rows.
@@ -46,9 +53,9 @@ def options(num_warps: int, arch: Architecture) -> dict[str, object]:
     return chosen
 
 
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of statistics and accumulators: float64 for float64, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+def compute_dtype(*dtypes: torch.dtype | None) -> torch.dtype:
+    """Return the dtype of statistics and accumulators: float64 where x or h is, else float32."""
+    return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
 def rows_and_columns(x: torch.Tensor, normalized_shape: tuple[int, ...]) -> tuple[int, int]:
@@ -62,6 +69,13 @@ def as_rows(x: torch.Tensor, rows: int, cols: int) -> torch.Tensor:
     return x if x.stride(1) == 1 or cols == 1 else x.contiguous()
 
 
+def itemsize(compute: torch.dtype, *tensors: torch.Tensor) -> int:
+    """Return the element size that the launch policy goes by: the smallest, but 8 for float64."""
+    if compute == torch.float64:
+        return 8
+    return min(tensor.element_size() for tensor in tensors)
+
+
 def row_stride(x: torch.Tensor) -> int:
     """Return the distance of two rows; a lone row gets the one it would have in a batch."""
     return x.stride(0) if x.shape[0] > 1 else x.shape[1]
@@ -70,6 +84,48 @@ def row_stride(x: torch.Tensor) -> int:
 def vector(parameter: torch.Tensor | None) -> torch.Tensor | None:
     """Return a weight or bias whose elements are adjacent, as the kernels index it."""
     return None if parameter is None else parameter.contiguous()
+
+
+def drop_below(p: float) -> int:
+    """Return the 32-bit random word below which dropout of rate `p` drops an element."""
+    return min(round(p * 2**32), 2**32 - 1)
+
+
+class Terms(NamedTuple):
+    """The gate, scale and shift of a launch, [1 or S, N or 1] each, as the kernels index them.
+
+    Attributes:
+        tensors: Gate, scale and shift, or None; the elements of a row are adjacent.
+        strides: Elements from one sample to the next; 0 where there is one row for all.
+        rows_per_sample: Rows of x that one sample covers.
+        samples: S; 1 where no term differs between samples.
+        constants: What is compiled in.
+    """
+
+    tensors: tuple[torch.Tensor | None, ...]
+    strides: tuple[int, ...]
+    rows_per_sample: int
+    samples: int
+    constants: dict[str, object]
+
+
+def terms(rows: int, cols: int, *tensors: torch.Tensor | None) -> Terms:
+    """Prepare the gate, scale and shift of M = `rows` and N = `cols`."""
+    scalars = [tensor is not None and tensor.shape[1] < cols for tensor in tensors]
+    vector = vector_elements(cols, 1)
+    prepared, strides, samples = [], [], 1
+    for tensor, scalar in zip(tensors, scalars, strict=True):
+        if tensor is not None:
+            adjacent = scalar or cols == 1 or tensor.stride(1) == 1
+            # Rows of a chunk of a wider tensor stay where they are if their vectors are aligned.
+            if not adjacent or tensor.stride(0) % vector:
+                tensor = tensor.contiguous()
+            samples = max(samples, tensor.shape[0])
+        prepared.append(tensor)
+        strides.append(0 if tensor is None or tensor.shape[0] == 1 else tensor.stride(0))
+    constants = dict(zip(("GATE_SCALAR", "SCALE_SCALAR", "SHIFT_SCALAR"), scalars, strict=True))
+    constants |= {"SAMPLED": samples > 1, "TERM_VECTOR": vector}
+    return Terms(tuple(prepared), tuple(strides), rows // samples, samples, constants)
 
 
 def device_guard(device: torch.device) -> contextlib.AbstractContextManager[object]:

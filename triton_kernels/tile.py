@@ -1,4 +1,4 @@
-"""Device functions that the kernels share: addressing of a row tile and its statistics.
+"""Device functions that the kernels share: a row tile, its terms and its statistics.
 
 A tile is a tuple of CHUNKS tensors of shape [ROWS, BLOCK_N]; chunk c holds the columns
 c * BLOCK_N .. (c + 1) * BLOCK_N - 1. Chunks of equal shape add up element by element, so a row sum
@@ -33,8 +33,8 @@ def row_offsets(rows, stride, VECTOR: tl.constexpr):
 
 
 @triton.jit
-def load_parameter(ptr, cols, N: tl.constexpr, ROWS: tl.constexpr):
-    """Return the [ROWS, BLOCK_N] tile of a parameter vector, or None for a parameter that is None.
+def load_vector(ptr, offsets, cols, N: tl.constexpr):
+    """Return the [ROWS, BLOCK_N] tile of the vectors at the [ROWS, 1] `offsets`, or None for None.
 
     Every row of the tile is loaded: all but one come from L1, and the tile then has the layout of
     x. A [BLOCK_N] vector has a layout of its own, and converting it costs a barrier a chunk.
@@ -42,10 +42,61 @@ def load_parameter(ptr, cols, N: tl.constexpr, ROWS: tl.constexpr):
     if ptr is None:
         return None
     else:
-        rows = tl.zeros((ROWS, 1), tl.int32)
-        return tl.load(
-            ptr + rows + cols[None, :], mask=(rows == 0) & (cols[None, :] < N), other=0.0
-        )
+        mask = (offsets >= 0) & (cols[None, :] < N)
+        return tl.load(ptr + offsets + cols[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def load_parameter(ptr, cols, N: tl.constexpr, ROWS: tl.constexpr):
+    """Return the tile of a vector that is the same for every row, or None for None."""
+    return load_vector(ptr, tl.zeros((ROWS, 1), tl.int32), cols, N)
+
+
+@triton.jit
+def load_term(
+    ptr, stride, samples, cols, N: tl.constexpr, SCALAR: tl.constexpr, VECTOR: tl.constexpr
+):
+    """Return the tile of a gate, scale or shift for rows of the [ROWS] `samples`, or None for None.
+
+    A term holds a vector for each sample, `stride` elements apart (0: one vector for all), or one
+    number for each sample (SCALAR), which gives a [ROWS, 1] tile.
+    """
+    if ptr is None:
+        return None
+    elif SCALAR:
+        return tl.load(ptr + samples * stride)[:, None]
+    else:
+        return load_vector(ptr, row_offsets(samples, stride, VECTOR), cols, N)
+
+
+@triton.jit
+def cast(x, DTYPE: tl.constexpr):
+    """Convert to DTYPE; from float64 to 16 bits there is no direct way."""
+    if x.dtype == tl.float64 and DTYPE.primitive_bitwidth == 16:
+        x = x.to(tl.float32)
+    return x.to(DTYPE)
+
+
+@triton.jit
+def kept(seed_ptr, rows, chunk, threshold, ROWS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Return the [ROWS, BLOCK_N] mask of the elements of a chunk that dropout keeps.
+
+    One call of Philox 4x32-10, with counter (column / 4, row) and the seed as key, serves four
+    columns, so that an element has the same fate whatever the tile.
+    """
+    quads = chunk * (BLOCK_N // 4) + tl.arange(0, BLOCK_N // 4)[None, :]
+    zeros = tl.zeros((ROWS, BLOCK_N // 4), tl.uint32)
+    row = rows[:, None]
+    r0, r1, r2, r3 = tl.philox(
+        tl.load(seed_ptr),
+        zeros + quads.to(tl.uint32),
+        zeros + (row & 0xFFFFFFFF).to(tl.uint32),
+        zeros + (row >> 32).to(tl.uint32),
+        zeros,
+    )
+    # Joined, the last two dimensions are (bit 1, bit 0) of the column.
+    bits = tl.reshape(tl.join(tl.join(r0, r2), tl.join(r1, r3)), (ROWS, BLOCK_N))
+    return bits >= tl.cast(threshold, tl.uint32)
 
 
 @triton.jit
