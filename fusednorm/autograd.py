@@ -19,6 +19,9 @@ from fusednorm.reference import Spec
 Tensors = tuple[Tensor | None, ...]
 """x, residual, gate, weight, bias, scale and shift, which are differentiable, and the seed."""
 
+_Parameters = tuple[Any, Any, Any, Any, Any, Any]
+"""gate, weight, bias, scale, shift and seed."""
+
 _DIFFERENTIABLE = 7
 
 
@@ -61,7 +64,8 @@ def _save(
 
 def _backward(ctx: Any, dz: Tensor | None, dh: Tensor | None) -> tuple[Tensor | None, ...]:
     """Return the gradients of x, residual, gate, weight, bias, scale and shift."""
-    x, h, mean, rstd, *parameters = ctx.saved_tensors
+    x, h, mean, rstd, *rest = ctx.saved_tensors
+    parameters: _Parameters = tuple(rest)
     gate, *_, seed = parameters
     spec, mask, dtypes = ctx.spec, ctx.output_mask, ctx.dtypes
     unscaled = gate is None and seed is None
@@ -91,7 +95,7 @@ def _gradients(
     h: Tensor,
     mean: Tensor | None,
     rstd: Tensor,
-    parameters: Any,
+    parameters: _Parameters,
     spec: Spec,
     dtypes: tuple[torch.dtype, torch.dtype],
     mask: Any,
@@ -100,13 +104,7 @@ def _gradients(
     if transforms_active() or any(
         grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad) for grad in (dz, dh)
     ):
-        return reference.layer_norm_bwd(
-            *(dz, dh, x, h, *parameters),
-            spec=spec,
-            x_dtype=dtypes[0],
-            residual_dtype=dtypes[1],
-            output_mask=mask,
-        )
+        return reference.layer_norm_bwd(dz, dh, x, h, *parameters, spec, *dtypes, mask)
     shape, eps, rms, dropout_p, _, _, x_hat_dtype = spec
     tensors = (dz, dh, x, h, mean, rstd, *parameters)
     if not torch.is_grad_enabled() and plain(dz, dh, h):
@@ -155,7 +153,7 @@ def _bwd_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
     # out_dtype and h_dtype play no part in a backward.
     h = inputs[3]
     ctx.spec = Spec(tuple(shape), eps, rms, dropout_p, h.dtype, h.dtype, x_hat_dtype)
-    ctx.dtypes, ctx.output_mask = dtypes, tuple(output_mask)
+    ctx.dtypes, ctx.output_mask = tuple(dtypes), tuple(output_mask)
     ctx.set_materialize_grads(False)
 
 
@@ -174,19 +172,9 @@ def _bwd_backward(ctx: Any, *cotangents: Tensor | None) -> Any:
 
     def gradients(*primals: Tensor) -> tuple[Tensor, ...]:
         arguments = dict(enumerate(saved)) | dict(zip(active, primals, strict=True))
-        dz, dh, x, h, _, _, *others = arguments.values()
-        parameters: Any = others
-        grads = reference.layer_norm_bwd(
-            dz,
-            dh,
-            x,
-            h,
-            *parameters,
-            spec=ctx.spec,
-            x_dtype=ctx.dtypes[0],
-            residual_dtype=ctx.dtypes[1],
-            output_mask=mask,
-        )
+        dz, dh, x, h, _, _, *rest = arguments.values()
+        parameters: _Parameters = tuple(rest)
+        grads = reference.layer_norm_bwd(dz, dh, x, h, *parameters, ctx.spec, *ctx.dtypes, mask)
         return tuple(grad for grad in grads if grad is not None)
 
     _, pullback = torch.func.vjp(  # type: ignore[misc]  # has_aux=False

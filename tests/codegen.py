@@ -216,16 +216,47 @@ def compile_job(job: Job) -> list[Any]:
     ):
         if job.kind == "forward":
             forward.layer_norm_fwd(
-                x, None, None, weight, weight, None, None, None, shape, 1e-5, False, 0.0, dtype,
-                None, None, save_stats=True, store_h=True,
+                x,
+                None,
+                None,
+                weight,
+                weight,
+                None,
+                None,
+                None,
+                shape,
+                1e-5,
+                False,
+                0.0,
+                dtype,
+                None,
+                None,
+                save_stats=True,
+                store_h=True,
             )
         else:
             stats = torch.empty(job.rows, dtype=launch.compute_dtype(dtype), device="meta")
             parameters = job.kind != "backward_dx"
             wanted = (True, False, False, parameters, parameters, False, False)
             backward.layer_norm_bwd(
-                x, None, None, x, stats, stats, None, weight, weight, None, None, None, shape, 0.0,
-                dtype, dtype, None, wanted,
+                x,
+                None,
+                None,
+                x,
+                stats,
+                stats,
+                None,
+                weight,
+                weight,
+                None,
+                None,
+                None,
+                shape,
+                0.0,
+                dtype,
+                dtype,
+                None,
+                wanted,
             )
     return compiled
 

@@ -11,9 +11,10 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are imported
 
-    from interpreter import patch_language_once_per_launch
+    from interpreter import patch_language_once_per_launch, round_to_nearest_bfloat16
 
     patch_language_once_per_launch()
+    round_to_nearest_bfloat16()
 
 from spies import Launch, record_launches
 

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fusednorm
+from fusednorm import reference
+from fusednorm.reference import Spec
 
 INTERPRETED = not torch.cuda.is_available()
 
@@ -64,6 +66,19 @@ def make_case(
     )
 
 
+def plain_spec(shape: tuple[int, ...], eps: float, dtype: torch.dtype) -> Spec:
+    """Return what a layer norm without any other term computes."""
+    return Spec(shape, eps, False, 0.0, dtype, None, None)
+
+
+def reference_layer_norm(
+    x: Tensor, shape: tuple[int, ...], weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    """Return the layer norm of the plain-torch equation."""
+    spec = plain_spec(shape, eps, x.dtype)
+    return reference.layer_norm(x, None, None, weight, bias, None, None, None, spec)[0]
+
+
 def run(function: Function, case: Case) -> Result:
     """Return y and every gradient of `function(x, shape, weight, bias, eps)`."""
     leaves = {
@@ -115,7 +130,7 @@ def rounding(dtype: torch.dtype, truth: np.ndarray) -> float:
     """Return one rounding to `dtype` at the largest value of `truth`.
 
     Half a unit in the last place; a whole one in the interpreter, where NumPy has no fused
-    multiply-add and bfloat16 is truncated.
+    multiply-add.
     """
     unit = torch.finfo(dtype).eps * (1.0 if INTERPRETED else 0.5)
     return unit * float(np.max(np.abs(truth), initial=0.0))

@@ -1,9 +1,11 @@
-"""Makes Triton's interpreter fast enough for a whole suite."""
+"""Makes Triton's interpreter fast enough for a whole suite, and round as a GPU does."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+import triton.language as tl
 from triton.runtime import interpreter
 
 
@@ -35,3 +37,26 @@ def patch_language_once_per_launch() -> None:
 
     interpreter.GridExecutor.__call__ = launch_afresh
     interpreter._patch_lang = patch_once
+
+
+def round_to_nearest_bfloat16() -> None:
+    """Convert float32 to bfloat16 to nearest even, as a GPU does; the interpreter truncates.
+
+    Where a kernel rounds in the middle of its work, a truncation is no rounding of the result.
+    """
+    convert = interpreter.InterpreterBuilder.cast_impl
+
+    def cast(self: Any, source: Any, target: Any) -> Any:
+        kinds = source.dtype.scalar, target.scalar
+        if kinds == (tl.float32, tl.bfloat16):
+            bits = np.ascontiguousarray(source.data).view(np.uint32)
+            rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
+            # Adding to a NaN could make an infinity of it.
+            rounded = np.where(np.isnan(source.data), bits >> 16 | 0x40, rounded)
+            return interpreter.TensorHandle(rounded.astype(np.uint16), target.scalar)
+        if kinds == (tl.bfloat16, tl.float32):
+            bits = source.data.astype(np.uint32) << 16
+            return interpreter.TensorHandle(bits.view(np.float32), target.scalar)
+        return convert(self, source, target)
+
+    interpreter.InterpreterBuilder.cast_impl = cast

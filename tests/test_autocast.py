@@ -121,11 +121,11 @@ def test_no_cast_of_x(launches: list[Launch], autocast: None, kernels: torch.dev
     forward, backward = (
         launch for launch in launches if launch.kernel != "layer_norm_bwd_finalize_kernel"
     )
-    for launch in (forward, backward):
-        assert launch.arguments["x_ptr"].dtype == BF16
-        assert launch.arguments["x_ptr"].data_ptr() == x.data_ptr()
+    for launch, read in ((forward, "x_ptr"), (backward, "h_ptr")):
+        assert launch.arguments[read].dtype == BF16
+        assert launch.arguments[read].data_ptr() == x.data_ptr()
         assert launch.arguments["weight_ptr"].data_ptr() == weight.data_ptr()
-    assert forward.arguments["y_ptr"].dtype == F32
+    assert forward.arguments["z_ptr"].dtype == F32
     assert backward.arguments["dx_ptr"].dtype == BF16
     assert sum(t.nbytes for t in saved) == sum(t.nbytes for t in (x, weight, bias)) + 2 * 3 * 4
 

@@ -241,7 +241,7 @@ def test_policy_counts_threads_not_warps(itemsize: int) -> None:
 
     def tiles(cols: int, warp_size: int) -> list[object]:
         arch = Architecture(warp_size, processors=132, shared_bytes=232448, registers=65536)
-        backward = backward_config(cols, itemsize, arch)
+        backward = backward_config(cols, itemsize, arch, 2 * itemsize)
         found = [forward_config(cols, itemsize, arch).tile, backward.tile, backward.sums]
         return [t and dataclasses.replace(t, num_warps=t.num_warps * warp_size) for t in found]
 

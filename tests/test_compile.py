@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import Case, make_case
+from helpers import Case, make_case, plain_spec
 from spies import Launch, kernels_of_package, record_launches
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
@@ -321,12 +321,16 @@ def test_opcheck(
     launches = record_launches(monkeypatch)
     dy, x, weight, bias = sample.tensors(device)
     differentiable = [t.requires_grad_() for t in (x, weight, bias) if t is not None]
-    forward = (x, sample.normalized, weight, bias, 1e-5, sample.out_dtype or sample.dtype)
+    spec = plain_spec(sample.normalized, 1e-5, sample.out_dtype or sample.dtype)
+    forward = (x, None, None, weight, bias, None, None, None, *spec)
     torch.library.opcheck(FWD, forward, test_utils=FULL if kernels else QUICK)
-    _, mean, rstd = (t.detach() for t in FWD(*forward))
+    _, _, mean, rstd = (t.detach() for t in FWD(*forward))
     for tensor in differentiable:
         tensor.requires_grad_(False)
-    backward = (dy, x, sample.normalized, mean, rstd, weight, bias, 1e-5, sample.mask)
+    dx, dweight, dbias = sample.mask
+    mask = (dx, False, False, dweight, dbias, False, False)
+    tensors = (dy, None, None, x, mean, rstd, None, weight, bias, None, None, None)
+    backward = (*tensors, *spec[:4], x.dtype, x.dtype, None, mask)
     torch.library.opcheck(BWD, backward, test_utils=QUICK)
     assert bool(launches) == (kernels and x.numel() > 0)
 
@@ -510,7 +514,10 @@ def launch_both(rows: int, cols: int, dtype: torch.dtype, stride: int, eps: floa
     )
     weight, bias = (torch.empty(cols, dtype=dtype, device="meta") for _ in range(2))
     inputs = [tensor.requires_grad_() for tensor in (x, weight, bias)]
-    y = autograd.layer_norm(x, (cols,), weight, bias, eps, dtype)
+    spec = plain_spec((cols,), eps, dtype)
+    y, _ = autograd.layer_norm(
+        x, None, None, weight, bias, None, None, None, spec=spec, want_h=False
+    )
     torch.autograd.grad(y, inputs, dy)
 
 

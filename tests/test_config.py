@@ -53,7 +53,7 @@ def _is_power_of_two(n: int) -> bool:
 
 def _tiles(cols: int, itemsize: int, arch: Architecture) -> dict[str, RowTile]:
     """Return every tile of a row that the kernels of one forward and backward work on."""
-    backward = backward_config(cols, itemsize, arch)
+    backward = backward_config(cols, itemsize, arch, 2 * itemsize)
     tiles = {
         "forward": forward_config(cols, itemsize, arch).tile,
         "backward": backward.tile,
@@ -66,7 +66,7 @@ def _tiles(cols: int, itemsize: int, arch: Architecture) -> dict[str, RowTile]:
 def _resident(cols: int, itemsize: int, arch: Architecture) -> dict[str, RowTile]:
     """Return the tiles that hold whole rows, not a step of a loop or a block of columns."""
     forward = forward_config(cols, itemsize, arch)
-    backward = backward_config(cols, itemsize, arch)
+    backward = backward_config(cols, itemsize, arch, 2 * itemsize)
     tiles = {} if forward.looped else {"forward": forward.tile}
     return tiles if backward.form == "split" else tiles | {"backward": backward.tile}
 
@@ -134,7 +134,7 @@ def test_threads_have_work_and_registers_for_it(itemsize: int, arch: Architectur
 def test_forms_follow_each_other(itemsize: int, arch: Architecture) -> None:
     """A longer row never goes back to a form for shorter ones; only the split form has sums."""
     order = ("resident", "reload", "split")
-    forms = [backward_config(cols, itemsize, arch) for cols in COLS]
+    forms = [backward_config(cols, itemsize, arch, 2 * itemsize) for cols in COLS]
     ranks = [order.index(form.form) for form in forms]
     assert ranks == sorted(ranks)
     assert {order[rank] for rank in ranks} >= {"resident", "split"}
@@ -148,7 +148,8 @@ def test_forms_follow_each_other(itemsize: int, arch: Architecture) -> None:
 def test_only_partial_rows_sees_the_number_of_rows(policy: object) -> None:
     """Sums inside a row, and what is compiled, cannot depend on what the policy is not told."""
     assert callable(policy)
-    assert {*inspect.signature(policy).parameters} <= {"cols", "itemsize", "arch"}
+    values = {"cols", "itemsize", "arch", "stream_bytes", "gate_gradient"}
+    assert {*inspect.signature(policy).parameters} <= values
     takes_rows = [
         name
         for name, function in vars(config).items()
@@ -164,7 +165,7 @@ def test_sums_inside_a_row_are_the_same_on_all_nvidia_devices(itemsize: int) -> 
         tilings = set()
         for name in ("sm_80", "sm_86", "sm_90", "interpreter"):
             forward = forward_config(cols, itemsize, ARCHITECTURES[name])
-            backward = backward_config(cols, itemsize, ARCHITECTURES[name])
+            backward = backward_config(cols, itemsize, ARCHITECTURES[name], 2 * itemsize)
             tilings.add((forward, backward.tile, backward.form, backward.sums))
         assert len(tilings) == 1, cols
 
@@ -174,7 +175,7 @@ def test_sums_inside_a_row_are_the_same_on_all_nvidia_devices(itemsize: int) -> 
 def test_pipeline_fits_in_shared_memory(itemsize: int, arch: Architecture) -> None:
     """The tiles in flight, x and dy of each stage but the last, fit beside the reductions."""
     for cols in COLS:
-        backward = backward_config(cols, itemsize, arch)
+        backward = backward_config(cols, itemsize, arch, 2 * itemsize)
         tile = backward.tile
         copies = 4 if backward.form == "reload" else 2
         stage = copies * tile.rows * tile.chunks * tile.block_n * itemsize
@@ -227,7 +228,7 @@ SOME_COLS = (1, 5, 17, 100, 768, 1024, 3000, 4096, 5120, 8192, 8193, 12288, 1228
 @pytest.mark.parametrize("cols", SOME_COLS)
 def test_partial_rows(cols: int, itemsize: int, arch: Architecture) -> None:
     """Every program has rows, no more run than fit at once, and more rows never mean fewer."""
-    backward = backward_config(cols, itemsize, arch)
+    backward = backward_config(cols, itemsize, arch, 2 * itemsize)
     blocks = _column_blocks(cols, backward)
     tile = backward.tile
     wave = arch.processors * backward.programs_per_processor
@@ -250,7 +251,7 @@ def test_partial_rows(cols: int, itemsize: int, arch: Architecture) -> None:
 @pytest.mark.parametrize("cols", SOME_COLS)
 def test_traffic_of_partials(cols: int, itemsize: int, arch: Architecture) -> None:
     """Partials are under 3 % of the bytes moved once the batch keeps every processor busy."""
-    backward = backward_config(cols, itemsize, arch)
+    backward = backward_config(cols, itemsize, arch, 2 * itemsize)
     blocks = _column_blocks(cols, backward)
     for rows in ROWS:
         partials = partial_rows(rows, itemsize, blocks, backward, arch)
@@ -267,7 +268,7 @@ def test_traffic_of_partials(cols: int, itemsize: int, arch: Architecture) -> No
 def test_a_small_batch_still_gets_every_processor(itemsize: int, arch: Architecture) -> None:
     """Idle processors cost more than partials do."""
     for cols in (100, 1024, 4096, 8192):
-        backward = backward_config(cols, itemsize, arch)
+        backward = backward_config(cols, itemsize, arch, 2 * itemsize)
         blocks = _column_blocks(cols, backward)
         rows = arch.processors * backward.tile.rows
         assert partial_rows(rows, itemsize, blocks, backward, arch) * blocks >= arch.processors
@@ -276,7 +277,7 @@ def test_a_small_batch_still_gets_every_processor(itemsize: int, arch: Architect
 def test_configurations_are_values() -> None:
     """Equal questions get the very same answer, which nobody can change."""
     arch = ARCHITECTURES["sm_90"]
-    first = backward_config(4096, 2, arch)
-    assert backward_config(4096, 2, Architecture(32, 132, 232448, 65536)) is first
+    first = backward_config(4096, 2, arch, 4)
+    assert backward_config(4096, 2, Architecture(32, 132, 232448, 65536), 4) is first
     with pytest.raises(AttributeError):
         first.num_stages = 1
