@@ -90,6 +90,40 @@ class Job:
     rows: int = ROWS
     padding: int = 0
     planted: str = ""
+    terms: str = ""
+
+
+SAMPLES = 5
+"""Samples of launches whose terms differ between them; `sampled` terms have one row each."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Terms:
+    """The terms of the equation that a launch has; gate, scale and shift need a gradient."""
+
+    affine: bool = True
+    rms: bool = False
+    residual: bool = False
+    dropout: bool = False
+    gate: str = ""  # "vector", "sampled" or "scalar"
+    modulation: str = ""
+    stream: str = ""  # dtype of h, if it is not that of x
+
+
+TERMS = {
+    "": Terms(),
+    "bare": Terms(affine=False),
+    "rms": Terms(rms=True),
+    "add": Terms(residual=True),
+    "add rms": Terms(residual=True, rms=True),
+    "fp32 stream": Terms(residual=True, stream="float32"),
+    "dropout": Terms(residual=True, dropout=True),
+    "layer scale": Terms(residual=True, gate="vector"),
+    "stochastic depth": Terms(residual=True, gate="scalar"),
+    "adaptive": Terms(affine=False, modulation="sampled"),
+    "everything": Terms(residual=True, dropout=True, gate="sampled", modulation="sampled"),
+}
+"""What users call a norm, by its terms."""
 
 
 PLANTED: dict[str, dict[str, int]] = {
@@ -155,6 +189,13 @@ def jobs(full: bool) -> Iterator[Job]:
                 for kind in ("forward", "backward"):
                     yield Job(arch, kind, "bfloat16", "float32", cols)
                     yield Job(arch, kind, "float16", "float16", cols)
+    for arch in TARGETS:
+        for terms in TERMS if full or arch == "sm_90" else ("everything",):
+            for cols in FEW if full or terms == "everything" else (4096,):
+                for kind in ("forward", "backward"):
+                    yield Job(arch, kind, "bfloat16", "bfloat16", cols, terms=terms)
+                    if full or terms == "everything":
+                        yield Job(arch, kind, "float32", "float32", cols, terms=terms)
     yield from _variations()
 
 
@@ -204,61 +245,55 @@ def compile_job(job: Job) -> list[Any]:
             if isinstance(kernel, triton.JITFunction) and name.endswith("_kernel"):
                 kernel.run = functools.partial(compile_only, kernel)
 
-    dtype = DTYPES[job.dtype]
-    x = torch.empty(job.rows, job.cols + job.padding, dtype=dtype, device="meta")
-    x = x[:, : job.cols]
-    shape = (job.cols,)
-    weight = torch.empty(shape, dtype=DTYPES[job.parameters], device="meta")
     with mock.patch.multiple(
         launch,
         architecture=lambda device: TARGETS[job.arch][1],
         device_guard=lambda device: contextlib.nullcontext(),
     ):
-        if job.kind == "forward":
-            forward.layer_norm_fwd(
-                x,
-                None,
-                None,
-                weight,
-                weight,
-                None,
-                None,
-                None,
-                shape,
-                1e-5,
-                False,
-                0.0,
-                dtype,
-                None,
-                None,
-                save_stats=True,
-                store_h=True,
-            )
-        else:
-            stats = torch.empty(job.rows, dtype=launch.compute_dtype(dtype), device="meta")
-            parameters = job.kind != "backward_dx"
-            wanted = (True, False, False, parameters, parameters, False, False)
-            backward.layer_norm_bwd(
-                x,
-                None,
-                None,
-                x,
-                stats,
-                stats,
-                None,
-                weight,
-                weight,
-                None,
-                None,
-                None,
-                shape,
-                0.0,
-                dtype,
-                dtype,
-                None,
-                wanted,
-            )
+        _call_launcher(job)
     return compiled
+
+
+def _call_launcher(job: Job) -> None:
+    terms, shape, rows = TERMS[job.terms], (job.cols,), job.rows
+    dtype = DTYPES[job.dtype]
+
+    def meta(*size: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(size, dtype=dtype, device="meta")
+
+    def term(kind: str) -> torch.Tensor | None:
+        sizes = {"vector": (1, job.cols), "sampled": (SAMPLES, job.cols), "scalar": (SAMPLES, 1)}
+        return meta(*sizes[kind]) if kind else None
+
+    if terms.gate or terms.modulation:
+        rows -= rows % SAMPLES
+    x = meta(rows, job.cols + job.padding)[:, : job.cols]
+    weight = meta(*shape, dtype=DTYPES[job.parameters]) if terms.affine else None
+    bias = None if terms.rms else weight
+    gate, scale, shift = term(terms.gate), term(terms.modulation), term(terms.modulation)
+    seed = meta(1, dtype=torch.int64) if terms.dropout else None
+    dropout_p = 0.1 if terms.dropout else 0.0
+    residual = x if terms.residual else None
+    stream = DTYPES[terms.stream or job.dtype] if terms.residual else None
+    if job.kind == "forward":
+        forward.layer_norm_fwd(
+            *(x, residual, gate, weight, bias, scale, shift, seed),
+            *(shape, 1e-5, terms.rms, dropout_p, dtype, stream, None),
+            save_stats=True,
+            store_h=True,
+        )
+        return
+    stats = meta(rows, dtype=launch.compute_dtype(dtype))
+    mean = None if terms.rms else stats
+    h = x if stream is None else x.to(stream)
+    dh = None if stream is None else h
+    everything = job.kind != "backward_dx"
+    apart = terms.residual and (dropout_p > 0 or gate is not None or stream != dtype)
+    wanted = (True, apart, *(everything,) * 5)
+    backward.layer_norm_bwd(
+        *(x, dh, x, h, mean, stats, gate, weight, bias, scale, shift, seed),
+        *(shape, dropout_p, dtype, dtype if stream is None else stream, None, wanted),
+    )
 
 
 _GLOBAL = re.compile(r"(ld|st)\.global(?:\.\w+)*?(?:\.v(\d))?\.[busf](\d+) ")
@@ -458,10 +493,11 @@ def describe(entry: dict[str, Any]) -> str:
     if entry["parameters"] != dtype:
         dtype += "/" + entry["parameters"]
     name = entry["kernel"].removeprefix("layer_norm_").removesuffix("_kernel")
+    name += f" {entry['terms']}" if entry["terms"] else ""
     name += " dx only" if entry["kind"] == "backward_dx" else ""
     name += f" ({entry['planted']})" if entry["planted"] else ""
     return (
-        f"{entry['arch']:6} {name:16} {dtype:16} N={entry['cols']:<6} {tile:11} {form:8} "
+        f"{entry['arch']:6} {name:20} {dtype:16} N={entry['cols']:<6} {tile:11} {form:8} "
         f"warps={entry['num_warps']:<2} {stages:8}"
     )
 
@@ -496,6 +532,7 @@ def main() -> None:
     parser.add_argument("--kind", action="append", choices=KINDS)
     parser.add_argument("--dtype", action="append", choices=DTYPES)
     parser.add_argument("--cols", action="append", type=int)
+    parser.add_argument("--terms", action="append", choices=TERMS)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     if triton.knobs.runtime.interpret:
@@ -507,6 +544,7 @@ def main() -> None:
         and (not args.kind or job.kind in args.kind)
         and (not args.dtype or job.dtype in args.dtype)
         and (not args.cols or job.cols in args.cols)
+        and (not args.terms or job.terms in args.terms)
     ]
     entries = inspect_all(work)
     if args.json:

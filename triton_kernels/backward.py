@@ -337,7 +337,9 @@ def layer_norm_bwd_kernel(
                         mask=masks[i],
                     )
                 if seed_ptr is not None:
-                    keep = kept(seed_ptr, rows, first_chunk + i, drop_below, ROWS, BLOCK_N)
+                    # Read outside of the loop, its key schedule would keep 20 registers.
+                    seed = tl.load(seed_ptr)
+                    keep = kept(seed, rows, first_chunk + i, drop_below, ROWS, BLOCK_N)
                     dh = tl.where(keep, dh * tl.full((ROWS, 1), inverse_keep, COMPUTE), 0.0)
                 if dgate_ptr is not None:
                     x_rows = x_ptr + row_offsets(rows, x_stride, X_VECTOR)
@@ -760,12 +762,12 @@ def _launch(
     weight, bias = launch.vector(weight), launch.vector(bias)
 
     arch = launch.architecture(h.device)
-    used = [tensor for tensor in (dz, dh, x) if tensor is not None]
+    written = (dx, dresidual) if dx is not None or dresidual is not None else (h,)
     config = backward_config(
         cols,
-        launch.itemsize(rstd.dtype, h, *used),
+        launch.itemsize(rstd.dtype, *written),
         arch,
-        h.element_size() + sum(tensor.element_size() for tensor in used),
+        sum(tensor.element_size() for tensor in (dz, dh, h, x) if tensor is not None),
         gate_gradient=dgate is not None,
     )
     tile = config.tile

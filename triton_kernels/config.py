@@ -184,7 +184,7 @@ def backward_config(
 
     Args:
         cols: Columns of the row, N.
-        itemsize: Bytes of the smallest element that is read, 8 where the sums are float64.
+        itemsize: Bytes of an element of dx, 8 where the sums are float64.
         arch: The device.
         stream_bytes: Bytes that are read for each column of a row: those of h, dz, dh and x.
         gate_gradient: Whether the sums of dgate are kept as well.

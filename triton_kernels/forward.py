@@ -33,7 +33,7 @@ def _load_h(
     residual_rows,
     gate_ptr,
     gate_stride,
-    seed_ptr,
+    seed,
     drop_below,
     inverse_keep,
     rows,
@@ -55,8 +55,8 @@ def _load_h(
     """
     cols = chunk_columns(chunk, BLOCK_N)
     h = tl.load(x_rows + cols[None, :], mask=mask, other=0.0).to(COMPUTE)
-    if seed_ptr is not None:
-        keep = kept(seed_ptr, rows, chunk, drop_below, ROWS, BLOCK_N)
+    if seed is not None:
+        keep = kept(seed, rows, chunk, drop_below, ROWS, BLOCK_N)
         h = tl.where(keep, h * tl.full((ROWS, 1), inverse_keep, COMPUTE), 0.0)
     if gate_ptr is not None:
         h *= load_term(gate_ptr, gate_stride, samples, cols, N, GATE_SCALAR, TERM_VECTOR).to(
@@ -183,6 +183,10 @@ def layer_norm_fwd_kernel(
     if residual_ptr is not None:
         residual_rows = residual_ptr + row_offsets(rows, residual_stride, RESIDUAL_VECTOR)
 
+    seed = seed_ptr
+    if seed_ptr is not None:
+        seed = tl.load(seed_ptr)
+
     if LOOPED:
         # Differences from the mean of the first chunk are small however large the mean is.
         mask = tile_mask(rows, M, chunk_columns(0, BLOCK_N), N, ROWS)
@@ -191,7 +195,7 @@ def layer_norm_fwd_kernel(
             residual_rows,
             gate_ptr,
             gate_stride,
-            seed_ptr,
+            seed,
             drop_below,
             inverse_keep,
             rows,
@@ -218,7 +222,7 @@ def layer_norm_fwd_kernel(
                 residual_rows,
                 gate_ptr,
                 gate_stride,
-                seed_ptr,
+                seed,
                 drop_below,
                 inverse_keep,
                 rows,
@@ -255,7 +259,7 @@ def layer_norm_fwd_kernel(
                 residual_rows,
                 gate_ptr,
                 gate_stride,
-                seed_ptr,
+                seed,
                 drop_below,
                 inverse_keep,
                 rows,
@@ -307,7 +311,7 @@ def layer_norm_fwd_kernel(
                     residual_rows,
                     gate_ptr,
                     gate_stride,
-                    seed_ptr,
+                    seed,
                     drop_below,
                     inverse_keep,
                     rows,
@@ -442,7 +446,7 @@ def layer_norm_fwd(
     terms = launch.terms(rows, cols, gate, scale, shift)
     gate, scale, shift = terms.tensors
     arch = launch.architecture(x.device)
-    config = forward_config(cols, launch.itemsize(compute, x), arch)
+    config = forward_config(cols, launch.itemsize(compute, z, h), arch)
     tile = config.tile
     with launch.device_guard(x.device):
         layer_norm_fwd_kernel[(triton.cdiv(rows, tile.rows),)](

@@ -69,11 +69,15 @@ def as_rows(x: torch.Tensor, rows: int, cols: int) -> torch.Tensor:
     return x if x.stride(1) == 1 or cols == 1 else x.contiguous()
 
 
-def itemsize(compute: torch.dtype, *tensors: torch.Tensor) -> int:
-    """Return the element size that the launch policy goes by: the smallest, but 8 for float64."""
+def itemsize(compute: torch.dtype, *written: torch.Tensor | None) -> int:
+    """Return the element size that the launch policy goes by: the widest that rows are written in.
+
+    Triton lets a thread write 16 bytes at once: a wider element in a tile made for a narrower one
+    would be exchanged between threads, two barriers a chunk. Reading has no such limit.
+    """
     if compute == torch.float64:
         return 8
-    return min(tensor.element_size() for tensor in tensors)
+    return max(tensor.element_size() for tensor in written if tensor is not None)
 
 
 def row_stride(x: torch.Tensor) -> int:

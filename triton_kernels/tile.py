@@ -78,7 +78,7 @@ def cast(x, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def kept(seed_ptr, rows, chunk, threshold, ROWS: tl.constexpr, BLOCK_N: tl.constexpr):
+def kept(seed, rows, chunk, threshold, ROWS: tl.constexpr, BLOCK_N: tl.constexpr):
     """Return the [ROWS, BLOCK_N] mask of the elements of a chunk that dropout keeps.
 
     One call of Philox 4x32-10, with counter (column / 4, row) and the seed as key, serves four
@@ -88,7 +88,7 @@ def kept(seed_ptr, rows, chunk, threshold, ROWS: tl.constexpr, BLOCK_N: tl.const
     zeros = tl.zeros((ROWS, BLOCK_N // 4), tl.uint32)
     row = rows[:, None]
     r0, r1, r2, r3 = tl.philox(
-        tl.load(seed_ptr),
+        seed,
         zeros + quads.to(tl.uint32),
         zeros + (row & 0xFFFFFFFF).to(tl.uint32),
         zeros + (row >> 32).to(tl.uint32),
