@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,13 +22,14 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 @dataclass
 class Case:
-    """The arguments of one call and the gradient of its output."""
+    """The arguments of one call and the gradients of its outputs."""
 
     x: Tensor
     weight: Tensor | None
     bias: Tensor | None
     dy: Tensor
     eps: float = 1e-5
+    terms: Terms | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -35,8 +37,37 @@ class Case:
         return (self.x.shape[-1],)
 
 
+@dataclass
+class Terms:
+    """What a norm has beside weight and bias.
+
+    Attributes:
+        rms: Whether the mean is taken as 0.
+        residual: Of x's shape, or None.
+        gate: Broadcastable to x, or None.
+        scale: Broadcastable to x, or None.
+        shift: Broadcastable to x, or None.
+        keep: What dropout multiplies x by, of x's shape, or None.
+        dh: Gradient of the stream as an output, or None where it is not used.
+        dropout_p: The rate of dropout.
+        seed: What the generator is seeded with before the call.
+    """
+
+    rms: bool = False
+    residual: Tensor | None = None
+    gate: Tensor | None = None
+    scale: Tensor | None = None
+    shift: Tensor | None = None
+    keep: Tensor | None = None
+    dh: Tensor | None = None
+    dropout_p: float = 0.0
+    seed: int = 0
+
+
+DIFFERENTIABLE_TERMS = ("residual", "gate", "scale", "shift")
+
 Result = dict[str, Tensor]
-Function = Callable[..., Tensor]
+Function = Callable[..., Any]
 
 
 def make_case(
@@ -52,18 +83,100 @@ def make_case(
     """Draw fresh inputs of one dtype, with a random dy: dy = 1 would hide most errors of dx."""
     leading = (rows,) if isinstance(rows, int) else rows
 
-    def draw(*size: int) -> Tensor:
-        return torch.randn(*size, dtype=torch.float64)
-
     def put(value: Tensor) -> Tensor:
         return value.to(device, dtype)
 
     return Case(
-        x=put(draw(*leading, cols) + mean),
-        weight=put(draw(cols)) if weight else None,
-        bias=put(draw(cols)) if bias else None,
-        dy=put(draw(*leading, cols)),
+        x=put(_draw(*leading, cols) + mean),
+        weight=put(_draw(cols)) if weight else None,
+        bias=put(_draw(cols)) if bias else None,
+        dy=put(_draw(*leading, cols)),
     )
+
+
+def _draw(*size: int) -> Tensor:
+    return torch.randn(*size, dtype=torch.float64)
+
+
+def add_terms(
+    case: Case,
+    *,
+    rms: bool = False,
+    residual: bool = False,
+    gate: str = "",
+    scale: str = "",
+    shift: str = "",
+    dropout_p: float = 0.0,
+    stream: bool | None = None,
+) -> Case:
+    """Give a case the terms of the whole equation.
+
+    Args:
+        case: A case whose x is [B, .., N].
+        rms: Whether the mean is taken as 0.
+        residual: Whether there is a residual.
+        gate: "vector" for all rows, "sampled" or "scalar" for each of the B samples, or "".
+        scale: As gate.
+        shift: As gate.
+        dropout_p: The rate of dropout.
+        stream: Whether h gets a gradient; None for: if it is not x.
+    """
+    x = case.x
+    samples, *others = x.shape[:-1]
+    ones = (samples, *(1 for _ in others))
+    sizes = {"vector": case.shape, "sampled": (*ones, *case.shape), "scalar": (*ones, 1)}
+
+    def like_x() -> Tensor:
+        return _draw(*x.shape).to(x)
+
+    def term(kind: str) -> Tensor | None:
+        return _draw(*sizes[kind]).to(x) if kind else None
+
+    seed = int(torch.randint(2**31, ()))
+    keep = None
+    if dropout_p > 0:
+        # As the library draws it, of which this makes a contract: one 62-bit number a call.
+        with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
+            torch.manual_seed(seed)
+            key = int(torch.randint(2**62, (1,), device=x.device))
+        keep = torch.from_numpy(keep_mask(key, x.numel() // x.shape[-1], x.shape[-1], dropout_p))
+        keep = keep.reshape(x.shape).to(x.device)
+    if stream is None:
+        stream = residual or bool(gate) or dropout_p > 0
+    terms = Terms(
+        rms=rms,
+        residual=like_x() if residual else None,
+        gate=term(gate),
+        scale=term(scale),
+        shift=term(shift),
+        keep=keep,
+        dh=like_x() if stream else None,
+        dropout_p=dropout_p,
+        seed=seed,
+    )
+    return replace(case, bias=None if rms else case.bias, terms=terms)
+
+
+def philox(counter: np.ndarray, key: int) -> np.ndarray:
+    """Return the four words of Philox 4x32-10 for [.., 4] counters, as uint64 below 2^32."""
+    word = np.uint64(0xFFFFFFFF)
+    c = [counter[..., i].astype(np.uint64) for i in range(4)]
+    k = [np.uint64(key & 0xFFFFFFFF), np.uint64(key >> 32)]
+    for _ in range(10):
+        a, b = c[0] * np.uint64(0xD2511F53), c[2] * np.uint64(0xCD9E8D57)
+        high_a, high_b = a >> np.uint64(32), b >> np.uint64(32)
+        c = [high_b ^ c[1] ^ k[0], b & word, high_a ^ c[3] ^ k[1], a & word]
+        k = [(k[0] + np.uint64(0x9E3779B9)) & word, (k[1] + np.uint64(0xBB67AE85)) & word]
+    return np.stack(c, -1)
+
+
+def keep_mask(key: int, rows: int, cols: int, p: float) -> np.ndarray:
+    """Return what dropout of rate `p` multiplies [rows, cols] by: 0 or 1 / (1 - p)."""
+    counter = np.zeros((rows, -(-cols // 4), 4), np.uint64)
+    counter[..., 0] = np.arange(counter.shape[1])
+    counter[..., 1] = np.arange(rows)[:, None]
+    words = philox(counter, key).reshape(rows, -1)[:, :cols]
+    return (words >= round(p * 2**32)) / (1 - p)
 
 
 def plain_spec(shape: tuple[int, ...], eps: float, dtype: torch.dtype) -> Spec:
@@ -79,39 +192,134 @@ def reference_layer_norm(
     return reference.layer_norm(x, None, None, weight, bias, None, None, None, spec)[0]
 
 
+def fused(
+    x: Tensor,
+    shape: tuple[int, ...],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    terms: Terms | None = None,
+) -> Any:
+    """Return z, and h where the case has a stream, of the library's functions."""
+    if terms is None:
+        return fusednorm.layer_norm(x, shape, weight, bias, eps)
+    modulation = {"scale": terms.scale, "shift": terms.shift}
+    if terms.dh is None and terms.rms:
+        assert terms.scale is terms.shift is None
+        return fusednorm.rms_norm(x, shape, weight, eps)
+    if terms.dh is None:
+        return fusednorm.modulated_layer_norm(x, shape, **modulation, weight=weight, bias=bias)
+    if terms.dropout_p > 0:
+        torch.manual_seed(terms.seed)
+    options = modulation | {"gate": terms.gate, "dropout_p": terms.dropout_p}
+    if terms.rms:
+        return fusednorm.add_rms_norm(x, terms.residual, shape, weight, eps, **options)
+    return fusednorm.add_layer_norm(x, terms.residual, shape, weight, bias, eps, **options)
+
+
+def unfused(
+    x: Tensor,
+    shape: tuple[int, ...],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    terms: Terms | None = None,
+) -> Any:
+    """Return what `fused` does as users of torch write it, in the dtype of x."""
+    if terms is None:
+        return F.layer_norm(x, shape, weight, bias, eps)
+    h = x
+    if terms.keep is not None:
+        h = h * terms.keep.to(x.dtype)
+    if terms.gate is not None:
+        h = h * terms.gate
+    if terms.residual is not None:
+        h = h + terms.residual
+    if terms.rms:
+        z = F.rms_norm(h, shape, weight, eps)
+    else:
+        z = F.layer_norm(h, shape, weight, bias, eps)
+    if terms.scale is not None:
+        z = z * (1 + terms.scale)
+    if terms.shift is not None:
+        z = z + terms.shift
+    return z if terms.dh is None else (z, h)
+
+
 def run(function: Function, case: Case) -> Result:
-    """Return y and every gradient of `function(x, shape, weight, bias, eps)`."""
+    """Return y (and h) and every gradient of `function(x, shape, weight, bias, eps[, terms])`."""
+    named = {"x": case.x, "weight": case.weight, "bias": case.bias}
+    if case.terms is not None:
+        named |= {name: getattr(case.terms, name) for name in DIFFERENTIABLE_TERMS}
     leaves = {
         name: tensor.detach().requires_grad_()
-        for name, tensor in (("x", case.x), ("weight", case.weight), ("bias", case.bias))
+        for name, tensor in named.items()
         if tensor is not None
     }
-    y = function(leaves["x"], case.shape, leaves.get("weight"), leaves.get("bias"), case.eps)
-    grads = torch.autograd.grad(y, list(leaves.values()), case.dy.to(y.dtype))
-    return {"y": y.detach()} | {f"d{name}": grad for name, grad in zip(leaves, grads, strict=True)}
+    arguments = [leaves["x"], case.shape, leaves.get("weight"), leaves.get("bias"), case.eps]
+    outputs, gradients = ["y"], [case.dy]
+    if case.terms is not None:
+        given = {name: leaves.get(name) for name in DIFFERENTIABLE_TERMS}
+        arguments.append(replace(case.terms, **given))
+        if case.terms.dh is not None:
+            outputs, gradients = ["y", "h"], [case.dy, case.terms.dh]
+    results = function(*arguments)
+    results = dict(zip(outputs, results if isinstance(results, tuple) else (results,), strict=True))
+    grads = torch.autograd.grad(
+        list(results.values()),
+        list(leaves.values()),
+        [grad.to(y.dtype) for y, grad in zip(results.values(), gradients, strict=True)],
+    )
+    detached = {name: result.detach() for name, result in results.items()}
+    return detached | {f"d{name}": grad for name, grad in zip(leaves, grads, strict=True)}
+
+
+def _sum_to(value: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+    """Add up the dimensions along which something of `shape` was broadcast to `value`."""
+    extra = value.ndim - len(shape)
+    value = value.sum(tuple(range(extra)))
+    ones = tuple(i for i, size in enumerate(shape) if size == 1 and value.shape[i] != 1)
+    return value.sum(ones, keepdims=True)
 
 
 def oracle(case: Case) -> dict[str, np.ndarray]:
-    """Return y and every gradient in extended precision (at least float64), in NumPy."""
+    """Return y (and h) and every gradient in extended precision (at least float64), in NumPy."""
 
-    def wide(tensor: Tensor) -> np.ndarray:
+    def wide(tensor: Tensor | None, absent: float = 0.0) -> np.ndarray:
+        if tensor is None:
+            return np.full((1,) * case.x.ndim, absent, np.longdouble)
         return tensor.detach().double().cpu().numpy().astype(np.longdouble)
 
-    x, dy = wide(case.x), wide(case.dy)
-    rows = tuple(range(x.ndim - 1))
-    centred = x - x.mean(-1, keepdims=True)
-    rstd = 1 / np.sqrt((centred**2).mean(-1, keepdims=True) + np.longdouble(case.eps))
-    x_hat = centred * rstd
-    y, g = x_hat, dy
-    result = {}
-    if case.weight is not None:
-        y, g = x_hat * wide(case.weight), dy * wide(case.weight)
-        result["dweight"] = (dy * x_hat).sum(rows)
-    if case.bias is not None:
-        y = y + wide(case.bias)
-        result["dbias"] = dy.sum(rows)
-    c1, c2 = (g * x_hat).mean(-1, keepdims=True), g.mean(-1, keepdims=True)
-    return result | {"y": y, "dx": rstd * (g - x_hat * c1 - c2)}
+    terms = case.terms or Terms()
+    x, dz, dh = wide(case.x), wide(case.dy), wide(terms.dh)
+    weight, bias = wide(case.weight, 1.0), wide(case.bias)
+    gate, keep = wide(terms.gate, 1.0), wide(terms.keep, 1.0)
+    scale, shift = wide(terms.scale), wide(terms.shift)
+    h = wide(terms.residual) + gate * keep * x
+    mean = 0.0 if terms.rms else h.mean(-1, keepdims=True)
+    rstd = 1 / np.sqrt(((h - mean) ** 2).mean(-1, keepdims=True) + np.longdouble(case.eps))
+    x_hat = (h - mean) * rstd
+    y = x_hat * weight + bias
+    dy = dz * (1 + scale)
+    g = dy * weight
+    c1 = (g * x_hat).mean(-1, keepdims=True)
+    c2 = 0.0 if terms.rms else g.mean(-1, keepdims=True)
+    dh = dh + rstd * (g - x_hat * c1 - c2)
+    wanted = {
+        "x": (case.x, dh * gate * keep),
+        "weight": (case.weight, dy * x_hat),
+        "bias": (case.bias, dy),
+        "residual": (terms.residual, dh),
+        "gate": (terms.gate, dh * keep * x),
+        "scale": (terms.scale, dz * y),
+        "shift": (terms.shift, dz),
+    }
+    result = {"y": y * (1 + scale) + shift} | ({} if terms.dh is None else {"h": h})
+    return result | {
+        f"d{name}": _sum_to(value, tensor.shape)
+        for name, (tensor, value) in wanted.items()
+        if tensor is not None
+    }
 
 
 def errors(result: Result, truth: dict[str, np.ndarray]) -> dict[str, float]:
@@ -138,8 +346,8 @@ def rounding(dtype: torch.dtype, truth: np.ndarray) -> float:
 
 def assert_accurate(
     draw: Callable[[], Case],
-    ours: Function = fusednorm.layer_norm,
-    theirs: Function = F.layer_norm,
+    ours: Function = fused,
+    theirs: Function = unfused,
     draws: int = 1,
 ) -> None:
     """Assert that no tensor is further from the truth than torch's plus one rounding.

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import Case, make_case, run
+from helpers import Case, Terms, add_terms, fused, make_case, run
+from spies import few_programs
 
 import fusednorm
 
@@ -45,6 +46,48 @@ def test_row_alone_equals_row_in_batch(
         part = run(fusednorm.layer_norm, _rows_of(case, rows))
         for name in ("y", "dx"):
             assert torch.equal(part[name], batch[name][rows]), (name, rows)
+
+
+def _with_every_term(
+    batch: tuple[int, ...], cols: int, dtype: torch.dtype, device: torch.device
+) -> Case:
+    case = make_case(batch, cols, dtype, device, mean=2.0)
+    kinds = {"gate": "sampled", "scale": "sampled", "shift": "scalar"}
+    return add_terms(case, residual=True, dropout_p=0.3, **kinds)
+
+
+def _sample(case: Case, samples: slice, rows: slice) -> Case:
+    """Return some rows of some samples; those of the first sample keep their dropout masks."""
+    terms = case.terms
+    assert terms is not None
+    parts = {
+        name: getattr(terms, name)[samples, rows].clone() for name in ("residual", "keep", "dh")
+    }
+    parts |= {name: getattr(terms, name)[samples].clone() for name in ("gate", "scale", "shift")}
+    return Case(
+        case.x[samples, rows].clone(),
+        case.weight,
+        case.bias,
+        case.dy[samples, rows].clone(),
+        terms=Terms(**parts, dropout_p=terms.dropout_p, seed=terms.seed),
+    )
+
+
+@pytest.mark.parametrize(("cols", "dtype"), FORMS)
+def test_every_term(
+    kernels: torch.device, monkeypatch: pytest.MonkeyPatch, cols: int, dtype: torch.dtype
+) -> None:
+    """With every term two runs are equal, and so are a row alone, its sample and its batch."""
+    few_programs(monkeypatch)
+    case = _with_every_term((3, 5), cols, dtype, kernels)
+    batch = run(fused, case)
+    again = run(fused, case)
+    for name, tensor in batch.items():
+        assert torch.equal(tensor, again[name]), name
+    for rows in (slice(0, 5), slice(0, 2), slice(0, 1)):
+        part = run(fused, _sample(case, slice(0, 1), rows))
+        for name in ("y", "h", "dx", "dresidual"):
+            assert torch.equal(part[name], batch[name][:1, rows]), (name, rows)
 
 
 @pytest.mark.parametrize(("cols", "dtype"), [(64, torch.float32), (96, torch.bfloat16)])

@@ -1,39 +1,73 @@
-"""The example runs as a user runs it, and refuses options that cannot work."""
+"""The examples run as a user runs them, and refuse options that cannot work."""
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import re
 import subprocess
 import sys
 from pathlib import Path
+from statistics import fmean
 from types import ModuleType
 
 import pytest
 import torch
 
-EXAMPLE = Path(__file__).parent.parent / "examples" / "train_gpt.py"
-TINY = "--steps 6 --layers 1 --heads 2 --width 32 --context 16 --batch-size 2 --sample-chars 20"
+from fusednorm import backends
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+TINY_MODEL = "--layers 1 --heads 2 --width 32 --batch-size 2"
+TINY = f"{TINY_MODEL} --steps 6 --context 16 --sample-chars 20"
+
+# Two implementations of one norm round in different places. A block and the last norm make three
+# norms, each with about 16 roundings in a row in either direction: two sums over 32 columns of
+# log2(32) roundings each, and six operations on single elements. A rounding moves a float32 by up
+# to 2^-24 of its size, and a step passes on what the steps before it moved. (Adam magnifies only
+# gradients that are all rounding, such as those of the key biases, on which no loss depends.)
+ROUNDING = 3 * 2 * 16 * 2.0**-24
+STEPS = 12
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
-def run_example(folder: Path, options: str) -> subprocess.CompletedProcess[str]:
-    """Run the example in a process of its own, from `folder`."""
-    command = [sys.executable, str(EXAMPLE), *options.split()]
+def run_example(folder: Path, name: str, options: str) -> subprocess.CompletedProcess[str]:
+    """Run an example in a process of its own, from `folder`."""
+    command = [sys.executable, str(EXAMPLES / name), *options.split()]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+
+
+def load_example(name: str) -> ModuleType:
+    """An example as a module: its options are checked without a start of Python for each."""
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses, and other examples, look their module up there
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="module")
 def train_gpt() -> ModuleType:
-    """The example as a module: its options are checked without a start of Python for each."""
-    spec = importlib.util.spec_from_file_location("train_gpt", EXAMPLE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["train_gpt"] = module  # dataclasses look their module up there
-    spec.loader.exec_module(module)
-    return module
+    return load_example("train_gpt")
+
+
+@pytest.fixture(scope="module")
+def adaln(train_gpt: ModuleType) -> ModuleType:
+    return load_example("adaln")
+
+
+def printed_curves(output: str) -> list[list[float]]:
+    """Return step and both losses of every row of the table."""
+    rows = re.findall(r"^ +(\d+) +([\d.]+) +([\d.]+) +\S+$", output, re.M)
+    return [[float(number) for number in row] for row in rows]
+
+
+def printed_difference(output: str) -> float:
+    largest = re.search(r"largest difference of the curves: (\S+) ", output)
+    assert largest is not None, output
+    return float(largest[1])
 
 
 @pytest.mark.parametrize(
@@ -41,22 +75,23 @@ def train_gpt() -> ModuleType:
     [
         ("--device cpu", 1e-4),
         ("--device cpu --dtype bf16", 1e-2),
+        ("--device cpu --fused", 1e-4),
         pytest.param("--device cuda", 1e-4, marks=needs_gpu),
         pytest.param("--device cuda --dtype bf16 --compile", 1e-2, marks=needs_gpu),
+        pytest.param("--device cuda --fused", 1e-4, marks=needs_gpu),
+        pytest.param("--device cuda --fused --dtype bf16 --compile", 1e-2, marks=needs_gpu),
     ],
 )
 def test_train_gpt_curves_agree(tmp_path: Path, options: str, tolerance: float) -> None:
-    done = run_example(tmp_path, f"{TINY} {options} --plot curves.png")
+    done = run_example(tmp_path, "train_gpt.py", f"{TINY} {options} --plot curves.png")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
 
-    table = [row.split() for row in re.findall(r"^ +\d+ +[\d.]+ +[\d.]+ .*$", done.stdout, re.M)]
-    assert [int(row[0]) for row in table] == [1, 2, 3, 4, 5, 6]
+    curves = printed_curves(done.stdout)
+    assert [step for step, *_ in curves] == [1, 2, 3, 4, 5, 6]
     # An untrained model knows nothing: about log(number of characters), for both.
-    assert all(3.5 < float(loss) < 6.0 for row in table for loss in row[1:3])
-    largest = re.search(r"largest difference of the curves: (\S+) ", done.stdout)
-    assert largest is not None
-    assert 0.0 <= float(largest[1]) < tolerance  # false for nan, too
+    assert all(3.5 < loss < 6.0 for _, *losses in curves for loss in losses)
+    assert 0.0 <= printed_difference(done.stdout) < tolerance  # false for nan, too
     for measure in ("validation loss, after", "tokens per second", "share of step time in norms"):
         numbers = re.search(rf"^{measure} +([\d.,]+)%? +([\d.,]+)%?$", done.stdout, re.M)
         assert numbers is not None, f"{measure} is missing in\n{done.stdout}"
@@ -93,7 +128,7 @@ def test_train_gpt_refuses_in_one_line(
 
 
 def test_train_gpt_refusal_is_the_exit_code(tmp_path: Path) -> None:
-    done = run_example(tmp_path, "--width 30 --heads 4")
+    done = run_example(tmp_path, "train_gpt.py", "--width 30 --heads 4")
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
@@ -109,3 +144,88 @@ def test_train_gpt_fails_when_the_loss_does_not_fall(
     plot = str(tmp_path / "curves.png")
     assert train_gpt.main([*TINY.split(), "--lr", "1e-9", "--plot", plot]) == 1
     assert "FAILED: the loss of nn.LayerNorm went from 4." in capsys.readouterr().err
+
+
+# The two models ----------------------------------------------------------------------------------
+
+
+def test_one_state_dict_loads_in_both_gpts(train_gpt: ModuleType, device: torch.device) -> None:
+    plain, fused, fresh = (train_gpt.GPT(50, 16, 2, 2, 32).to(device) for _ in range(3))
+    for parameter in plain.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)  # norms at 1 and 0 would fit any module
+    fused.add_norm = train_gpt.fused_add_norm
+    fused.load_state_dict(plain.state_dict())
+    fresh.load_state_dict(fused.state_dict())
+    tokens = torch.randint(50, (2, 16), device=device)
+    torch.testing.assert_close(fused(tokens), plain(tokens))
+    assert torch.equal(fresh(tokens), plain(tokens))
+
+
+@pytest.mark.parametrize("backend", backends.NAMES)
+def test_fused_gpt_trains_as_the_plain_one(
+    train_gpt: ModuleType, device: torch.device, backend: str
+) -> None:
+    options = f"{TINY_MODEL} --context 16 --lr 1e-2 --device {device} --steps {STEPS}"
+    args = train_gpt.parse_args(options.split(), longest_context=16)
+    corpus = train_gpt.Corpus.load()
+    model = train_gpt.GPT(len(corpus.vocab), args.context, 1, 2, 32).to(device)
+    fused_model = copy.deepcopy(model)
+    fused_model.add_norm = train_gpt.fused_add_norm
+    plain = train_gpt.Run.start("plain", model, train_gpt.mean_loss, args)
+    fused = train_gpt.Run.start("fused", fused_model, train_gpt.mean_loss, args)
+    generator = torch.Generator().manual_seed(0)
+
+    def draw() -> torch.Tensor:
+        return train_gpt.random_batch(corpus.train, 2, 16, generator).to(device)
+
+    with backends.use(backend):
+        train_gpt.train((plain, fused), draw, args)
+    assert fmean(fused.losses[-3:]) < 0.85 * fused.losses[0]
+    largest, _ = train_gpt.largest_difference(plain, fused)
+    assert largest < STEPS * ROUNDING * plain.losses[0]
+
+
+@pytest.mark.parametrize("backend", backends.NAMES)
+def test_fused_adaln_trains_as_the_plain_one(
+    adaln: ModuleType, capsys: pytest.CaptureFixture[str], device: torch.device, backend: str
+) -> None:
+    options = f"{TINY_MODEL} --lr 1e-2 --device {device} --steps {STEPS}"
+    with backends.use(backend):
+        assert adaln.main(options.split()) == 0
+    output = capsys.readouterr().out
+    assert f"{backend}: requested by backends.use" in output
+    _, *losses = zip(*printed_curves(output), strict=True)
+    for first, *_, third_last, second_last, last in losses:
+        # The last layer starts at zero: so does the prediction of noise whose mean square is 1.
+        assert first == pytest.approx(1.0, abs=0.2)
+        assert fmean((third_last, second_last, last)) < 0.85
+    assert printed_difference(output) < STEPS * ROUNDING
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "--device cpu --dtype bf16",
+        pytest.param("--device cuda --dtype bf16 --compile", marks=needs_gpu),
+    ],
+)
+def test_adaln_runs_as_a_script(tmp_path: Path, options: str) -> None:
+    done = run_example(tmp_path, "adaln.py", f"{TINY_MODEL} --steps 6 {options}")
+    assert done.returncode == 0, done.stderr
+    assert [step for step, *_ in printed_curves(done.stdout)] == [1, 2, 3, 4, 5, 6]
+    # The fused norm adds 1 to the scale in float32, plain torch in bfloat16.
+    assert 0.0 <= printed_difference(done.stdout) < 1e-2
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("options", ["--width 30 --heads 4", "--width 33 --heads 3"])
+def test_adaln_refuses_in_one_line(
+    adaln: ModuleType, capsys: pytest.CaptureFixture[str], options: str
+) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        adaln.main(options.split())
+    assert exit_.value.code == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err.count("\n") == 1
+    assert "--width" in output.err

@@ -25,11 +25,12 @@ from helpers import (
     rounding,
     run,
 )
+from spies import few_programs
 from torch import Tensor
 
 import fusednorm
-from fusednorm.triton_kernels import backward, launch
-from fusednorm.triton_kernels.config import RowTile, backward_config, forward_config
+from fusednorm.triton_kernels import launch
+from fusednorm.triton_kernels.config import backward_config, forward_config
 
 BATCH = (8, 15)
 COLS = (16, 17)
@@ -120,12 +121,6 @@ def _over(shape: tuple[int, ...], function: Function, relayout: Layout | None = 
         return y.flatten(-len(shape))
 
     return call
-
-
-def _few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the finalize kernel take wide blocks where every program costs milliseconds."""
-    if INTERPRETED:
-        monkeypatch.setattr(backward, "finalize_tile", lambda *_: RowTile(1024, 1, 1, 4))
 
 
 # One draw of a few elements tells no finer difference from torch's accuracy, which has tests of its
@@ -362,7 +357,7 @@ def test_fewer_long_rows_than_programs(
     kernels: torch.device, monkeypatch: pytest.MonkeyPatch, rows: int
 ) -> None:
     """One row per program, from one program to more rows than programs."""
-    _few_programs(monkeypatch)
+    few_programs(monkeypatch)
     assert backward_config(2050, 4, launch.architecture(kernels), 8).tile.rows == 1
     _assert_right(make_case(rows, 2050, torch.float32, kernels))
 
@@ -457,7 +452,7 @@ def test_nothing_outside_the_tensors_is_read_or_written(
     assert (config.tile.rows > 1, config.looped) == (several, looped)
     assert form in (None, backward_config(cols, itemsize, arch, 2 * itemsize).form)
     if cols > 1000:
-        _few_programs(monkeypatch)
+        few_programs(monkeypatch)
 
     drawn = make_case(rows, cols, dtype, kernels)
     assert drawn.weight is not None

@@ -1,4 +1,4 @@
-"""`fusednorm.modules`: every module behaves as the torch module that it is derived from."""
+"""`fusednorm.modules`: a module behaves as the torch module or the composition it stands for."""
 
 import copy
 import doctest
@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrize
 
 from fusednorm import modules
-from fusednorm.modules import LayerNorm
+from fusednorm.modules import AdaLayerNorm, AddLayerNorm, AddRMSNorm, LayerNorm, RMSNorm
 
 AFFINE = [
     pytest.param({"elementwise_affine": affine, "bias": bias}, id=f"affine={affine},bias={bias}")
@@ -46,10 +47,14 @@ def assert_same_bits(actual: list[torch.Tensor], expected: list[torch.Tensor]) -
         assert torch.equal(a, b)
 
 
-def test_only_forward_differs_from_torch():
-    assert {name for name in vars(LayerNorm) if not name.startswith("__")} == {"forward"}
-    assert inspect.signature(LayerNorm) == inspect.signature(nn.LayerNorm)
-    assert isinstance(LayerNorm(4), nn.LayerNorm)
+@pytest.mark.parametrize(("fused", "original"), [(LayerNorm, nn.LayerNorm), (RMSNorm, nn.RMSNorm)])
+def test_only_forward_differs_from_torch(fused, original):
+    assert {name for name in vars(fused) if not name.startswith("__")} == {"forward"}
+    assert inspect.signature(fused) == inspect.signature(original)
+    assert list(inspect.signature(fused.forward).parameters) == list(
+        inspect.signature(original.forward).parameters
+    )
+    assert isinstance(fused(4), original)
 
 
 def test_forward_hands_everything_to_the_functional(monkeypatch):
@@ -178,6 +183,417 @@ def test_parametrized_weight_is_used_and_trained():
         parametrize.register_parametrization(norm, "weight", Doubled())
     assert_same_bits(output_and_gradients(fused, x), output_and_gradients(original, x))
     torch.testing.assert_close(fused(x) - fused.bias, 2 * plain)
+
+
+# RMSNorm
+
+
+def make_rms_pair(shape: Any = 7, **options: Any) -> tuple[RMSNorm, nn.RMSNorm]:
+    """A fused RMS norm and torch's, with the same random weight."""
+    fused, original = RMSNorm(shape, **options), nn.RMSNorm(shape, **options)
+    for parameter, other in zip(fused.parameters(), original.parameters(), strict=True):
+        nn.init.normal_(other)
+        parameter.data.copy_(other.data)
+    return fused, original
+
+
+def test_rms_forward_hands_everything_to_the_functional(monkeypatch):
+    calls = []
+    monkeypatch.setattr(modules, "rms_norm", lambda *args: calls.append(args))
+    norm, x = RMSNorm([3, 7], eps=0.0), torch.randn(2, 3, 7)
+    norm(x)
+    ((got_x, shape, weight, eps),) = calls
+    assert got_x is x
+    assert weight is norm.weight
+    assert (shape, eps) == ((3, 7), 0.0)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_rms_construction_equals_torch(shape, affine):
+    options = {"eps": 1e-3, "elementwise_affine": affine}
+    fused, original = RMSNorm(shape, **options), nn.RMSNorm(shape, **options)
+    assert repr(fused) == repr(original)
+    assert repr(RMSNorm(shape)) == repr(nn.RMSNorm(shape))
+    assert vars(fused).keys() == vars(original).keys()
+    assert fused.normalized_shape == original.normalized_shape
+    assert fused.state_dict().keys() == original.state_dict().keys()
+    for parameter, other in zip(fused.parameters(), original.parameters(), strict=True):
+        assert torch.equal(parameter, other)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_rms_forward_and_backward_equal_torch_on_cpu(shape, affine, dtype):
+    fused, original = make_rms_pair(shape, eps=0.1, dtype=dtype, elementwise_affine=affine)
+    x = torch.randn(5, 2, 3, 7, dtype=dtype)
+    assert_same_bits(output_and_gradients(fused, x), output_and_gradients(original, x))
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str
+)
+def test_rms_default_eps_is_that_of_torch(dtype):
+    # So small that epsilon is what the result depends on.
+    x = (1e-4 * torch.randn(5, 7, dtype=torch.float64)).to(dtype)
+    assert_same_bits([RMSNorm(7, dtype=dtype)(x)], [nn.RMSNorm(7, dtype=dtype)(x)])
+    assert not torch.equal(RMSNorm(7, dtype=dtype)(x), RMSNorm(7, 0.0, dtype=dtype)(x))
+
+
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
+def test_rms_mixed_dtypes_give_those_of_torch(dtype, weight_dtype):
+    fused, original = make_rms_pair(dtype=weight_dtype)
+    x = torch.randn(5, 7, dtype=dtype)
+    y, expected = fused(x), original(x)
+    assert y.dtype == expected.dtype
+    torch.testing.assert_close(y, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rms_autocast_gives_the_dtype_of_torch(dtype):
+    fused, original = make_rms_pair(dtype=dtype)
+    x = torch.randn(5, 7, dtype=dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_same_bits([fused(x)], [original(x)])
+
+
+def test_rms_state_dict_loads_strictly_both_ways():
+    fused, original = make_rms_pair()
+    for source, target in ((fused, nn.RMSNorm(7)), (original, RMSNorm(7))):
+        target.load_state_dict(source.state_dict(), strict=True)
+        assert torch.equal(target.weight, source.weight)
+    assert fused.state_dict()._metadata == original.state_dict()._metadata
+
+
+# Add & Norm
+
+ADD = [
+    pytest.param(AddLayerNorm, LayerNorm, nn.LayerNorm, id="layer"),
+    pytest.param(AddRMSNorm, RMSNorm, nn.RMSNorm, id="rms"),
+]
+OPTIONS = {"prenorm": False, "dropout": 0.0, "layer_scale": None, "residual_in_fp32": False}
+
+
+def randomize(module: nn.Module) -> nn.Module:
+    for parameter in module.parameters():
+        nn.init.normal_(parameter)
+    return module
+
+
+@pytest.mark.parametrize(("add", "norm", "original"), ADD)
+def test_add_norm_is_the_norm_with_options(add, norm, original):
+    own = list(inspect.signature(add).parameters.values())
+    inherited = list(inspect.signature(original).parameters.values())
+    assert [p.name for p in own[: len(inherited)]] == [p.name for p in inherited]
+    assert [p.default for p in own[: len(inherited)]] == [p.default for p in inherited]
+    assert {p.name: p.default for p in own[len(inherited) :]} == OPTIONS
+    assert {p.kind for p in own[len(inherited) :]} == {inspect.Parameter.KEYWORD_ONLY}
+    assert isinstance(add(7), norm)
+    assert add(7).dropout == 0.0
+
+
+@pytest.mark.parametrize(("add", "norm", "original"), ADD)
+def test_add_norm_repr_shows_what_is_on(add, norm, original):
+    plain = repr(original(7)).removesuffix(")")
+    assert repr(add(7)) == f"Add{plain})"
+    options = {"prenorm": True, "dropout": 0.1, "layer_scale": 0.0, "residual_in_fp32": True}
+    shown = ", ".join(f"{name}={value}" for name, value in options.items())
+    assert repr(add(7, **options)) == f"Add{plain}, {shown})"
+
+
+@pytest.mark.parametrize(("add", "norm", "original"), ADD)
+def test_add_norm_checkpoints_are_those_of_torch(add, norm, original):
+    options = {"prenorm": True, "dropout": 0.5, "residual_in_fp32": True}
+    fused, plain = randomize(add(7, **options)), randomize(original(7))
+    for source, target in ((fused, original(7)), (plain, add(7, **options))):
+        target.load_state_dict(source.state_dict(), strict=True)
+        for name, parameter in target.named_parameters():
+            assert torch.equal(parameter, source.get_parameter(name))
+    assert list(add(7, layer_scale=0.1).state_dict()) == [*plain.state_dict(), "layer_scale"]
+
+
+@pytest.mark.parametrize(("add", "norm", "original"), ADD)
+def test_add_norm_parameters_start_and_restart_alike(add, norm, original):
+    options = {"device": "cpu", "dtype": torch.bfloat16, "layer_scale": 0.25}
+    fused = add([3, 7], **options)
+    expected = {**dict(original([3, 7], dtype=torch.bfloat16).named_parameters())}
+    expected["layer_scale"] = torch.full((3, 7), 0.25, dtype=torch.bfloat16)
+    for _ in range(2):
+        assert dict(fused.named_parameters()).keys() == expected.keys()
+        for name, parameter in fused.named_parameters():
+            assert parameter.dtype == torch.bfloat16
+            assert torch.equal(parameter, expected[name])
+        randomize(fused).reset_parameters()
+    assert add(7, device="meta", layer_scale=0.1).layer_scale.is_meta
+
+
+def unfused(module: AddLayerNorm | AddRMSNorm, x: torch.Tensor, residual: torch.Tensor | None):
+    """The composition that the module stands for, without dropout; torch's types decide."""
+    h = x if module.layer_scale is None else x * module.layer_scale
+    h = h if residual is None else residual + h
+    if isinstance(module, nn.RMSNorm):
+        y = F.rms_norm(h, module.normalized_shape, module.weight, module.eps)
+    else:
+        y = F.layer_norm(h, module.normalized_shape, module.weight, module.bias, module.eps)
+    return (y, h) if module.prenorm else y
+
+
+def outputs_and_gradients(function: Any, module: nn.Module, *tensors: torch.Tensor | None):
+    """The outputs, and the gradients of a sum that weighs all of their elements differently."""
+    module.zero_grad()
+    inputs = [t if t is None else t.detach().clone().requires_grad_() for t in tensors]
+    outputs = function(*inputs)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    loss = sum(
+        (y * torch.linspace(-1, 2 + i, y.numel(), dtype=y.dtype, device=y.device).view_as(y)).sum()
+        for i, y in enumerate(outputs)
+    )
+    loss.backward()
+    wanted = [t for t in (*inputs, *module.parameters()) if t is not None]
+    return [*(y.detach() for y in outputs), *(t.grad for t in wanted)]
+
+
+@pytest.mark.parametrize("layer_scale", [None, 0.5])
+@pytest.mark.parametrize("with_residual", [True, False])
+@pytest.mark.parametrize("prenorm", [True, False])
+@pytest.mark.parametrize(("add", "norm", "original"), ADD)
+def test_add_norm_is_the_composition(add, norm, original, prenorm, with_residual, layer_scale):
+    options = {"prenorm": prenorm, "layer_scale": layer_scale, "dtype": torch.float64}
+    module = randomize(add([3, 7], 0.1, **options))
+    x, residual = torch.randn(2, 5, 3, 7, dtype=torch.float64)
+    tensors = (x, residual if with_residual else None)
+    fused = outputs_and_gradients(module, module, *tensors)
+    plain = outputs_and_gradients(lambda *t: unfused(module, *t), module, *tensors)
+    assert len(fused) == 1 + prenorm + 1 + with_residual + len(list(module.parameters()))
+    for actual, expected in zip(fused, plain, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("prenorm", [True, False])
+@pytest.mark.parametrize(("add", "norm", "original"), ADD)
+def test_add_norm_with_the_kernels(add, norm, original, prenorm, kernels):
+    module = randomize(add(7, 0.1, prenorm=prenorm, layer_scale=0.5, device=kernels))
+    x, residual = torch.randn(2, 5, 7, device=kernels)
+    fused = outputs_and_gradients(module, module, x, residual)
+    plain = outputs_and_gradients(lambda *t: unfused(module, *t), module, x, residual)
+    for actual, expected in zip(fused, plain, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("add", "norm", "original"), ADD)
+def test_residual_stream_in_float32(add, norm, original):
+    x, residual = torch.randn(2, 5, 7).bfloat16()
+    for in_fp32, dtype in ((False, torch.bfloat16), (True, torch.float32)):
+        module = add(7, 0.1, prenorm=True, residual_in_fp32=in_fp32, dtype=torch.bfloat16)
+        y, h = module(x, residual)
+        assert (y.dtype, h.dtype) == (torch.bfloat16, dtype)
+        assert torch.equal(h, (residual.float() + x.float()).to(dtype))
+        assert module(x)[1].dtype == dtype
+        # Post-norm too has to normalise that h.
+        plain = add(7, 0.1, residual_in_fp32=in_fp32, dtype=torch.bfloat16)
+        assert torch.equal(plain(x, residual), y)
+        torch.testing.assert_close(y.float(), original(7, 0.1)(h.float()), rtol=2**-8, atol=0)
+
+
+@pytest.mark.parametrize(("add", "norm", "original"), ADD)
+def test_add_norm_default_eps(add, norm, original):
+    x, residual = 1e-4 * torch.randn(2, 5, 7)
+    assert torch.equal(add(7)(x, residual), original(7)(residual + x))
+    wide = add(7, dtype=torch.float64)(x.double(), residual.double())
+    assert torch.equal(wide, original(7, dtype=torch.float64)(residual.double() + x.double()))
+
+
+@pytest.mark.parametrize(("add", "norm", "original"), ADD)
+def test_eval_turns_dropout_off(add, norm, original):
+    x, residual = torch.ones(64, 7), torch.arange(7.0).expand(64, 7)
+    module = add(7, prenorm=True, dropout=0.5)
+    torch.manual_seed(1)
+    y, h = module(x, residual)
+    kept = h - residual
+    assert set(kept.unique().tolist()) == {0.0, 2.0}
+    torch.testing.assert_close(y, original(7)(h))
+    torch.manual_seed(1)
+    assert torch.equal(module(x, residual)[1], h)
+    assert torch.equal(module.eval()(x, residual)[1], residual + 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"dropout": 1.0}, ValueError, "dropout in [0, 1), got 1.0"),
+        ({"dropout": -0.1}, ValueError, "dropout in [0, 1), got -0.1"),
+        ({"dropout": float("nan")}, ValueError, "dropout in [0, 1), got nan"),
+        ({"dropout": "0.1"}, TypeError, "dropout to be a float, got str"),
+        ({"dropout": True}, TypeError, "dropout to be a float, got bool"),
+        ({"layer_scale": True}, TypeError, "layer_scale to be a float or None, got bool"),
+        ({"layer_scale": "1"}, TypeError, "layer_scale to be a float or None, got str"),
+        ({"prenorm": 1}, TypeError, "prenorm to be a bool, got int"),
+        ({"residual_in_fp32": None}, TypeError, "residual_in_fp32 to be a bool, got NoneType"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(("add", "norm", "original"), ADD)
+def test_add_norm_options_that_cannot_be(add, norm, original, options, error, message):
+    with pytest.raises(error) as raised:
+        add(7, **options)
+    assert str(raised.value) == f"{add.__name__}: expected {message}"
+
+
+@pytest.mark.parametrize(("add", "norm", "original"), ADD)
+def test_add_norm_survives_a_copy(add, norm, original):
+    module = randomize(add(7, prenorm=True, layer_scale=0.5, residual_in_fp32=True))
+    x, residual = torch.randn(2, 5, 7).bfloat16()
+    for copied in (copy.deepcopy(module), torch_save_and_load(module)):
+        assert repr(copied) == repr(module)
+        assert_same_bits(list(copied(x, residual)), list(module(x, residual)))
+
+
+# AdaLayerNorm
+
+
+def test_ada_norm_starts_as_the_plain_norm_behind_a_shut_gate():
+    norm, x = AdaLayerNorm(7, 4, 0.1), torch.randn(2, 5, 7)
+    z, gate = norm(x, torch.randn(2, 4))
+    torch.testing.assert_close(z, F.layer_norm(x, (7,), eps=0.1))
+    assert gate.shape == (2, 1, 7)
+    assert not gate.any()
+    assert sorted(norm.state_dict()) == ["linear.bias", "linear.weight"]
+    assert repr(norm).startswith(
+        "AdaLayerNorm(\n  7, 4, eps=0.1, elementwise_affine=False, bias=False, gate=True\n"
+    )
+
+
+@pytest.mark.parametrize("with_gate", [True, False])
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("samples", [3, 1])
+@pytest.mark.parametrize("shape", [(3, 7), (3, 5, 7), (3, 2, 5, 7)], ids=str)
+def test_ada_norm_is_the_composition(shape, samples, affine, with_gate):
+    norm = AdaLayerNorm(7, 4, 0.1, affine, gate=with_gate, dtype=torch.float64)
+    randomize(norm)
+    x, condition = torch.randn(shape, dtype=torch.float64), torch.randn(samples, 4).double()
+
+    def plain(x, condition):
+        terms = norm.linear(F.silu(condition)).unflatten(-1, (-1, 7))
+        terms = terms.reshape(samples, -1, *(1,) * (len(shape) - 2), 7)
+        y = F.layer_norm(x, (7,), norm.weight, norm.bias, norm.eps)
+        z = y * (1 + terms[:, 1]) + terms[:, 0]
+        return (z, terms[:, 2]) if with_gate else z
+
+    fused = outputs_and_gradients(norm, norm, x, condition)
+    for actual, expected in zip(
+        fused, outputs_and_gradients(plain, norm, x, condition), strict=True
+    ):
+        torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_ada_norm_with_the_kernels(kernels):
+    norm = randomize(AdaLayerNorm(7, 4, 0.1, device=kernels))
+    x, condition = torch.randn(2, 3, 7, device=kernels), torch.randn(2, 4, device=kernels)
+
+    def plain(x, condition):
+        shift, scale, gate = norm.linear(F.silu(condition))[:, None].chunk(3, -1)
+        return F.layer_norm(x, (7,), eps=0.1) * (1 + scale) + shift, gate
+
+    fused = outputs_and_gradients(norm, norm, x, condition)
+    for actual, expected in zip(
+        fused, outputs_and_gradients(plain, norm, x, condition), strict=True
+    ):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_ada_norm_hands_views_of_one_linear_on(monkeypatch):
+    handed = []
+
+    def spy(x, shape, shift, scale, *rest):
+        handed.extend([shift, scale])
+        return x
+
+    monkeypatch.setattr(modules, "modulated_layer_norm", spy)
+    norm = AdaLayerNorm(7, 4)
+    _, gate = norm(torch.randn(2, 5, 7), torch.randn(2, 4))
+    assert {t.stride() for t in (*handed, gate)} == {(21, 21, 1)}
+    assert len({t.untyped_storage().data_ptr() for t in (*handed, gate)}) == 1
+
+
+def test_training_opens_the_gate_of_a_block_that_starts_as_the_identity():
+    norm, branch = AdaLayerNorm(7, 4), nn.Linear(7, 7)
+    optimizer = torch.optim.SGD([*norm.parameters(), *branch.parameters()], lr=0.1)
+    x, condition = torch.randn(2, 5, 7), torch.randn(2, 4)
+
+    def block():
+        z, gate = norm(x, condition)
+        return x + gate * branch(z)
+
+    assert torch.equal(block(), x)
+    block().square().sum().backward()
+    shift, scale, gate = norm.linear.weight.grad.chunk(3)
+    assert gate.all()
+    assert not shift.any()
+    assert not scale.any()  # they get theirs through the gate, once it is open
+    optimizer.step()
+    norm.zero_grad()
+    block().square().sum().backward()
+    assert norm.linear.weight.grad.all()
+
+
+@pytest.mark.parametrize("options", AFFINE)
+def test_ada_norm_affine_parameters_and_reset(options):
+    norm, plain = AdaLayerNorm(7, 4, **options), nn.LayerNorm(7, **options)
+    for _ in range(2):
+        for name in ("weight", "bias"):
+            own, expected = getattr(norm, name), getattr(plain, name)
+            assert (own is None) == (expected is None)
+            assert own is None or torch.equal(own, expected)
+        assert not norm.linear.weight.any()
+        assert not norm.linear.bias.any()
+        randomize(norm).reset_parameters()
+    meta = AdaLayerNorm(7, 4, device="meta", dtype=torch.bfloat16, **options)
+    assert all(p.is_meta and p.dtype == torch.bfloat16 for p in meta.parameters())
+    assert meta.linear.weight.shape == (21, 4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (([7], 4), "normalized_shape to be an int, got [7]"),
+        (((3, 7), 4), "normalized_shape to be an int, got (3, 7)"),
+        ((True, 4), "normalized_shape to be an int, got True"),
+        ((7, 4.0), "cond_features to be an int, got 4.0"),
+        ((7, 4, 1e-5, False, True, 1), "gate to be a bool, got int"),
+    ],
+    ids=str,
+)
+def test_ada_norm_arguments_that_cannot_be(arguments, message):
+    with pytest.raises(TypeError) as raised:
+        AdaLayerNorm(*arguments)
+    assert str(raised.value) == f"AdaLayerNorm: expected {message}"
+
+
+@pytest.mark.parametrize(
+    ("x", "condition", "message"),
+    [
+        ((2, 5, 7), (3, 4), "condition of shape (2, 4), got (3, 4)"),
+        ((2, 5, 7), (2, 5), "condition of shape (2, 4), got (2, 5)"),
+        ((2, 5, 7), (2, 1, 4), "condition of shape (2, 4), got (2, 1, 4)"),
+        ((2, 5, 8), (2, 4), "x of shape (B, *, 7), got (2, 5, 8)"),
+        ((7,), (1, 4), "x of shape (B, *, 7), got (7,)"),
+    ],
+)
+def test_ada_norm_inputs_that_do_not_fit(x, condition, message):
+    with pytest.raises(ValueError, match="AdaLayerNorm") as raised:
+        AdaLayerNorm(7, 4)(torch.randn(x), torch.randn(condition))
+    assert str(raised.value) == f"AdaLayerNorm: expected {message}"
+
+
+@pytest.mark.parametrize("name", ["x", "condition"])
+def test_ada_norm_inputs_of_another_kind(name):
+    inputs = {"x": torch.randn(2, 7), "condition": torch.randn(2, 4), name: None}
+    with pytest.raises(TypeError) as raised:
+        AdaLayerNorm(7, 4)(**inputs)
+    assert str(raised.value) == f"AdaLayerNorm: expected {name} to be a Tensor, got NoneType"
 
 
 def test_the_examples_in_the_docstrings():

@@ -5,6 +5,7 @@ import doctest
 import pickle
 import warnings
 from dataclasses import FrozenInstanceError
+from itertools import product
 
 import pytest
 import torch
@@ -12,8 +13,15 @@ from torch import nn
 from torch.nn.utils import parametrize, prune
 
 from fusednorm import modules, replace
-from fusednorm.modules import LayerNorm
-from fusednorm.replace import Report, replace_norms, restore_norms
+from fusednorm.modules import AdaLayerNorm, AddLayerNorm, AddRMSNorm, LayerNorm, RMSNorm
+from fusednorm.replace import (
+    CastAfterWeight,
+    CastBeforeWeight,
+    Report,
+    ZeroCentredWeight,
+    replace_norms,
+    restore_norms,
+)
 
 
 class OwnForward(nn.LayerNorm):
@@ -30,6 +38,10 @@ class FusedChild(LayerNorm):
     """Adds nothing."""
 
 
+class RMSChild(nn.RMSNorm):
+    """Adds nothing, but might."""
+
+
 class SomeLayerNorm(nn.Module):
     """Named like a norm, and none of torch's."""
 
@@ -37,6 +49,179 @@ class SomeLayerNorm(nn.Module):
 class Identity(nn.Module):
     def forward(self, tensor):
         return tensor
+
+
+class OwnRMSNorm(nn.Module):
+    """What the RMS norms of model code have in common; subclasses say what they compute."""
+
+    def __init__(self, size=6, eps=0.01):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def x_hat(self, x):
+        return x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + self.eps)
+
+    def extra_repr(self):
+        return f"{tuple(self.weight.shape)}, eps={self.eps}"
+
+
+class LlamaRMSNorm(nn.Module):
+    def __init__(self, hidden_size=6, eps=0.01):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.variance_epsilon = eps
+
+    def forward(self, hidden_states):
+        input_dtype = hidden_states.dtype
+        hidden_states = hidden_states.to(torch.float32)
+        variance = hidden_states.pow(2).mean(-1, keepdim=True)
+        hidden_states = hidden_states * torch.rsqrt(variance + self.variance_epsilon)
+        return self.weight * hidden_states.to(input_dtype)
+
+
+class DividingRMSNorm(OwnRMSNorm):
+    """Llama's arithmetic with other operators."""
+
+    def forward(self, x):
+        mean_square = (x.float() ** 2).sum(-1, keepdim=True) / x.shape[-1]
+        return (x.float() / torch.sqrt(mean_square + self.eps)).type_as(x) * self.weight
+
+
+class Olmo2RMSNorm(OwnRMSNorm):
+    def forward(self, x):
+        return (self.weight * self.x_hat(x)).to(x.dtype)
+
+
+class FunctionalRMSNorm(OwnRMSNorm):
+    def forward(self, x):
+        return nn.functional.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+
+
+class GemmaRMSNorm(OwnRMSNorm):
+    def forward(self, x):
+        return (self.x_hat(x) * (1.0 + self.weight.float())).type_as(x)
+
+
+class T5LayerNorm(nn.Module):
+    def __init__(self, hidden_size=6, eps=0.01):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.variance_epsilon = eps
+
+    def forward(self, hidden_states):
+        variance = hidden_states.to(torch.float32).pow(2).mean(-1, keepdim=True)
+        hidden_states = hidden_states * torch.rsqrt(variance + self.variance_epsilon)
+        if self.weight.dtype in [torch.float16, torch.bfloat16]:
+            hidden_states = hidden_states.to(self.weight.dtype)
+        return self.weight * hidden_states
+
+
+class SwitchedRMSNorm(OwnRMSNorm):
+    """What it computes is an attribute of the instance."""
+
+    def __init__(self, add_unit_offset):
+        super().__init__()
+        self.add_unit_offset = add_unit_offset
+
+    def forward(self, x):
+        weight = self.weight.float()
+        return (self.x_hat(x) * (1 + weight if self.add_unit_offset else weight)).to(x.dtype)
+
+
+class HalfRMSNorm(OwnRMSNorm):
+    """Its statistics are those of the first half of a row."""
+
+    def forward(self, x):
+        half = x[..., : x.shape[-1] // 2].float()
+        rstd = torch.rsqrt(half.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * (x.float() * rstd).to(x.dtype)
+
+
+class SquaredRMSNorm(OwnRMSNorm):
+    def forward(self, x):
+        return self.weight * self.x_hat(x).square().to(x.dtype)
+
+
+class EpsilonOutsideRMSNorm(OwnRMSNorm):
+    def forward(self, x):
+        rms = x.float().pow(2).mean(-1, keepdim=True).sqrt()
+        return self.weight * (x.float() / (rms + self.eps)).to(x.dtype)
+
+
+class HalfPrecisionRMSNorm(OwnRMSNorm):
+    """Its statistics have the dtype of the input."""
+
+    def forward(self, x):
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps) * self.weight
+
+
+class RoundedOffsetRMSNorm(OwnRMSNorm):
+    """Gemma's but for 1 + weight, which it rounds."""
+
+    def forward(self, x):
+        return (self.x_hat(x) * (1.0 + self.weight)).type_as(x)
+
+
+class CentredRMSNorm(OwnRMSNorm):
+    def forward(self, x):
+        return self.weight * nn.functional.layer_norm(x, x.shape[-1:], eps=self.eps)
+
+
+class Float32RMSNorm(OwnRMSNorm):
+    """Its result is float32 whatever the input."""
+
+    def forward(self, x):
+        return self.weight.float() * self.x_hat(x)
+
+
+class RaisingRMSNorm(OwnRMSNorm):
+    def forward(self, x):
+        raise NotImplementedError("only on some machine")
+
+
+class GatedRMSNorm(OwnRMSNorm):
+    def forward(self, x, gate=None):
+        return self.weight * self.x_hat(x).to(x.dtype)
+
+
+class BiasedRMSNorm(OwnRMSNorm):
+    def __init__(self):
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(6))
+
+    def forward(self, x):
+        return self.weight * self.x_hat(x).to(x.dtype) + self.bias
+
+
+class BufferedRMSNorm(LlamaRMSNorm):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("count", torch.zeros(()))
+
+
+class MatrixRMSNorm(LlamaRMSNorm):
+    def __init__(self):
+        super().__init__((2, 6))
+
+
+class NoEpsilonRMSNorm(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(6))
+
+    def forward(self, x):
+        return self.weight * x
+
+
+OWN_NORMS = {
+    LlamaRMSNorm: CastBeforeWeight,
+    DividingRMSNorm: CastBeforeWeight,
+    T5LayerNorm: CastBeforeWeight,
+    Olmo2RMSNorm: CastAfterWeight,
+    FunctionalRMSNorm: CastAfterWeight,
+    GemmaRMSNorm: ZeroCentredWeight,
+}
 
 
 def small_model() -> nn.Sequential:
@@ -80,9 +265,25 @@ def test_every_exact_layer_norm_is_swapped_and_restored():
     assert classes(model) == before
 
 
-def test_a_swapped_norm_computes_with_fusednorm(monkeypatch):
-    norm = nn.LayerNorm(6)
-    monkeypatch.setattr(modules, "layer_norm", lambda *args: "fused")
+def test_every_exact_rms_norm_is_swapped_and_restored():
+    model = nn.Sequential(nn.RMSNorm(6), nn.RMSNorm([2, 6], 0.5, elementwise_affine=False))
+    randomize(model)
+    x = torch.randn(3, 2, 6)
+    expected = model(x)
+    assert replace_norms(model) == Report(swapped=("0", "1"), left=())
+    assert [type(norm) for norm in model] == [RMSNorm, RMSNorm]
+    assert torch.equal(model(x), expected)
+    again = dict(replace_norms(model).left)
+    assert again == dict.fromkeys(("0", "1"), "already fusednorm.RMSNorm")
+    assert restore_norms(model) == Report(swapped=("0", "1"), left=())
+    assert [type(norm) for norm in model] == [nn.RMSNorm, nn.RMSNorm]
+
+
+@pytest.mark.parametrize(
+    ("norm", "function"), [(nn.LayerNorm(6), "layer_norm"), (nn.RMSNorm(6), "rms_norm")]
+)
+def test_a_swapped_norm_computes_with_fusednorm(norm, function, monkeypatch):
+    monkeypatch.setattr(modules, function, lambda *args: "fused")
     replace_norms(norm)
     assert norm(torch.randn(2, 6)) == "fused"
     restore_norms(norm)
@@ -287,6 +488,259 @@ def test_meta_device():
     assert model(torch.empty(3, 2, 6, device="meta")).is_meta
 
 
+# The RMS norms of models
+
+
+def assert_same_arithmetic(y: torch.Tensor, expected: torch.Tensor) -> None:
+    """Equal up to the order of float32 operations, which seldom decides a rounding to half."""
+    assert y.dtype == expected.dtype
+    info = torch.finfo(y.dtype)
+    ulps = 4 if y.dtype == torch.float32 else 1
+    torch.testing.assert_close(y, expected, rtol=ulps * info.eps, atol=info.tiny)
+    if y.dtype in (torch.float16, torch.bfloat16):
+        assert (y != expected).double().mean() < 0.02
+
+
+def calls_of(monkeypatch) -> list[torch.dtype]:
+    """The dtypes of the inputs that reach a kernel, in order."""
+    fused, calls = replace._norm, []
+
+    def spy(op, x, *args, **kwargs):
+        calls.append(x.dtype)
+        return fused(op, x, *args, **kwargs)
+
+    monkeypatch.setattr(replace, "_norm", spy)
+    return calls
+
+
+@pytest.mark.parametrize(("cls", "arithmetic"), OWN_NORMS.items())
+def test_a_norm_of_a_model_gets_a_subclass_of_its_class(cls, arithmetic):
+    model = nn.ModuleDict({"a": cls(), "b": cls(), "c": nn.Linear(6, 6)})
+    held, shown, state = contents(model), repr(model), model.state_dict()
+    norm = model["a"]
+    assert replace_norms(model) == Report(swapped=("a", "b"), left=())
+    assert model["a"] is norm
+    assert isinstance(norm, cls)
+    assert isinstance(norm, arithmetic)
+    assert type(norm) is type(model["b"])
+    assert repr(model) == shown
+    assert list(model.state_dict()) == list(state)
+    assert dict(replace_norms(model).left) == dict.fromkeys("ab", "already swapped")
+    assert restore_norms(model) == Report(swapped=("a", "b"), left=())
+    assert type(norm) is type(model["b"]) is cls
+    assert contents(model) == held
+    assert replace_norms(model).swapped == ("a", "b")
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
+@pytest.mark.parametrize(
+    ("dtype", "weight_dtype"),
+    list(product([torch.float16, torch.bfloat16, torch.float32, torch.float64], repeat=2)),
+    ids=lambda dtype: str(dtype).removeprefix("torch."),
+)
+@pytest.mark.parametrize("cls", OWN_NORMS)
+def test_a_norm_of_a_model_computes_the_same(cls, dtype, weight_dtype, monkeypatch):
+    norm, calls = randomize(cls(64)).to(weight_dtype), calls_of(monkeypatch)
+    x = (torch.tensor([0.05, 1.0, 10.0])[:, None] * torch.randn(4, 3, 64)).to(dtype)
+    expected = norm(x)
+    assert replace_norms(norm).swapped == ("",)
+    assert_same_arithmetic(norm(x), expected)
+    # As many as may be run fused, and those only.
+    mixed = dtype != weight_dtype and isinstance(norm, CastBeforeWeight)
+    assert bool(calls) is not (mixed or torch.float64 in (dtype, weight_dtype))
+
+
+# In half precision float16 alone: the interpreter truncates to bfloat16.
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("cls", [LlamaRMSNorm, Olmo2RMSNorm, GemmaRMSNorm])
+def test_a_norm_of_a_model_computes_the_same_with_the_kernels(cls, dtype, kernels, launches):
+    norm = randomize(cls(32)).to(kernels, dtype)
+    x = torch.randn(8, 32, device=kernels, dtype=dtype)
+    y = norm(x)
+    dy = torch.randn_like(y)
+    (dweight,) = torch.autograd.grad(y, norm.weight, dy)
+    assert replace_norms(norm).swapped == ("",)
+    fused = norm(x)
+    assert len(launches) == 1
+    assert_same_arithmetic(fused, y)
+    (fused_dweight,) = torch.autograd.grad(fused, norm.weight, dy)
+    tolerance = 8 * torch.finfo(dtype).eps
+    torch.testing.assert_close(fused_dweight, dweight, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("cls", OWN_NORMS)
+def test_a_norm_of_a_model_has_the_same_gradients(cls):
+    norm, x = randomize(cls()), torch.randn(5, 6)
+
+    def gradients():
+        leaf = x.clone().requires_grad_()
+        return torch.autograd.grad(norm(leaf).square().sum(), [leaf, norm.weight])
+
+    expected = gradients()
+    replace_norms(norm)
+    for actual, wanted in zip(gradients(), expected, strict=True):
+        torch.testing.assert_close(actual, wanted)
+
+
+def test_the_arithmetic_is_that_of_the_instance():
+    model = nn.Sequential(SwitchedRMSNorm(True), SwitchedRMSNorm(False), SwitchedRMSNorm(True))
+    replace_norms(model)
+    kinds = [CastAfterWeight, ZeroCentredWeight]
+    found = [[kind for kind in kinds if isinstance(norm, kind)] for norm in model]
+    assert found == [[ZeroCentredWeight], [CastAfterWeight], [ZeroCentredWeight]]
+
+
+def test_a_class_is_probed_once(monkeypatch):
+    probed, probe = [], replace._probe
+    monkeypatch.setattr(replace, "_probe", lambda *args: probed.append(args[0]) or probe(*args))
+    model = nn.Sequential(*(LlamaRMSNorm() for _ in range(3)), GemmaRMSNorm(), LlamaRMSNorm())
+    assert len(replace_norms(model).swapped) == 5
+    assert probed == [model[0], model[3]]
+
+
+def test_the_probe_leaves_no_trace():
+    norm, log = LlamaRMSNorm(), []
+    norm.register_forward_hook(lambda *_: log.append("forward"))
+    norm.weight.data.fill_(3.0)
+    norm.calls = 0
+    held, version = contents(norm), norm.weight._version
+    with torch.random.fork_rng(devices=[]):
+        expected = torch.rand(())
+    replace_norms(norm, exclude="*")
+    assert torch.rand(()) == expected
+    assert (log, contents(norm), norm.weight._version) == ([], held, version)
+    assert (norm.weight == 3).all()
+
+
+class CountingRMSNorm(LlamaRMSNorm):
+    def forward(self, hidden_states):
+        self.calls = getattr(self, "calls", 0) + 1
+        return super().forward(hidden_states)
+
+
+class RegisteringRMSNorm(LlamaRMSNorm):
+    def forward(self, hidden_states):
+        self.register_buffer("calls", torch.rand(()))
+        return super().forward(hidden_states)
+
+
+class InPlaceRMSNorm(LlamaRMSNorm):
+    def forward(self, hidden_states):
+        y = super().forward(hidden_states)
+        hidden_states.zero_()
+        return y
+
+
+@pytest.mark.parametrize("cls", [CountingRMSNorm, RegisteringRMSNorm, InPlaceRMSNorm])
+def test_a_forward_with_effects_is_left_and_has_none_in_the_probe(cls):
+    norm = cls()
+    state, held = torch.get_rng_state(), contents(norm)
+    assert replace_norms(norm).left == (("", "its forward changes the module or the input"),)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert contents(norm) == held
+
+
+@pytest.mark.parametrize("around", [torch.inference_mode, lambda: torch.device("meta")])
+def test_the_probe_works_under_any_mode(around):
+    with around():
+        norm = LlamaRMSNorm()
+        assert replace_norms(norm).swapped == ("",)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert replace_norms(LlamaRMSNorm()).swapped == ("",)
+
+
+def test_probing_needs_no_data():
+    with torch.device("meta"):
+        norm = LlamaRMSNorm()
+    assert replace_norms(norm).swapped == ("",)
+    assert norm(torch.empty(3, 6, device="meta")).is_meta
+
+
+def test_the_keyword_of_the_model_still_works(monkeypatch):
+    norm, x = randomize(LlamaRMSNorm()), torch.randn(3, 6)
+    expected = norm(x)
+    replace_norms(norm)
+    calls = calls_of(monkeypatch)
+    torch.testing.assert_close(norm(hidden_states=x), expected)
+    assert len(calls) == 1
+    for args, kwargs in (((), {"x": x}), ((x, x), {}), ((x,), {"hidden_states": x}), ((), {})):
+        with pytest.raises(TypeError, match=r"forward\(\)"):
+            norm(*args, **kwargs)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("x", [torch.randn(3, 1), torch.ones(3, 6, dtype=torch.int64)], ids=str)
+def test_an_input_that_only_the_model_takes(x, monkeypatch):
+    norm, calls = randomize(LlamaRMSNorm()), calls_of(monkeypatch)
+    expected = norm(x)
+    replace_norms(norm)
+    assert torch.equal(norm(x), expected)
+    assert calls == []
+
+
+def test_half_precision_under_autocast_is_left_to_the_model(monkeypatch):
+    norm, calls = LlamaRMSNorm().bfloat16(), calls_of(monkeypatch)
+    replace_norms(norm)
+    x = torch.randn(3, 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert norm(x.bfloat16()).dtype == torch.bfloat16
+        assert calls == []
+        assert norm.float()(x).dtype == torch.float32
+        assert calls == [torch.float32]
+
+
+def test_epsilon_may_change_after_the_swap():
+    norm, x = randomize(GemmaRMSNorm()), torch.randn(3, 6)
+    replace_norms(norm)
+    norm.eps = 2.0
+    y = norm(x)
+    restore_norms(norm)
+    torch.testing.assert_close(y, norm(x))
+
+
+@pytest.mark.parametrize(
+    "duplicate",
+    [
+        copy.copy,
+        copy.deepcopy,
+        *(lambda m, n=n: pickle.loads(pickle.dumps(m, n)) for n in (0, 2, 5)),
+    ],
+)
+@pytest.mark.parametrize("cls", OWN_NORMS)
+def test_copies_of_a_norm_of_a_model_are_swapped_and_can_be_restored(cls, duplicate):
+    model, x = randomize(nn.Sequential(cls())), torch.randn(3, 6)
+    replace_norms(model)
+    expected = model(x)
+    copied = duplicate(model[0])
+    assert type(copied) is type(model[0])
+    assert torch.equal(copied(x), expected)
+    assert restore_norms(copied).swapped == ("",)
+    assert type(copied) is cls
+    assert type(model[0]) is not cls
+
+
+def test_a_norm_of_a_model_parametrized_after_the_swap():
+    norm, x = randomize(LlamaRMSNorm()), torch.randn(3, 6)
+    replace_norms(norm)
+    expected = norm(x)
+    parametrize.register_parametrization(norm, "weight", Identity())
+    assert torch.equal(norm(x), expected)
+    assert replace_norms(norm).left == (("", "already swapped"),)
+    changed = "its class was changed since, to ParametrizedLlamaRMSNorm"
+    assert restore_norms(norm).left == (("", changed),)
+    parametrize.remove_parametrizations(norm, "weight")
+    assert restore_norms(norm).swapped == ("",)
+    assert type(norm) is LlamaRMSNorm
+
+
+def test_a_compiled_norm_of_a_model_is_one_graph():
+    norm, x = randomize(LlamaRMSNorm()), torch.randn(3, 6)
+    replace_norms(norm)
+    compiled = torch.compile(norm, backend="eager", fullgraph=True)
+    for dtype in (torch.float32, torch.bfloat16):  # fused, and the forward of the model
+        assert torch.equal(compiled(x.to(dtype)), norm(x.to(dtype)))
+
+
 # What is left, and why
 
 
@@ -303,12 +757,49 @@ def parametrized() -> nn.LayerNorm:
 
 
 LEFT = {
-    "own forward": (OwnForward(6), "OwnForward, not nn.LayerNorm itself"),
-    "own method": (OwnReset(6), "OwnReset, not nn.LayerNorm itself"),
-    "no LayerNorm": (SomeLayerNorm(), "SomeLayerNorm, not nn.LayerNorm itself"),
-    "RMSNorm": (nn.RMSNorm(6), "torch.nn.modules.normalization.RMSNorm, not nn.LayerNorm itself"),
+    "own forward": (OwnForward(6), "OwnForward, not nn.LayerNorm or nn.RMSNorm itself"),
+    "own method": (OwnReset(6), "OwnReset, not nn.LayerNorm or nn.RMSNorm itself"),
+    "RMS child": (RMSChild(6), "RMSChild, not nn.LayerNorm or nn.RMSNorm itself"),
     "fused": (LayerNorm(6), "already fusednorm.LayerNorm"),
     "fused child": (FusedChild(6), "already fusednorm.LayerNorm"),
+    "fused RMS": (RMSNorm(6), "already fusednorm.RMSNorm"),
+    "fused add": (AddLayerNorm(6), "already fusednorm.AddLayerNorm"),
+    "fused RMS add": (AddRMSNorm(6), "already fusednorm.AddRMSNorm"),
+    "fused adaptive": (AdaLayerNorm(6, 2), "already fusednorm.AdaLayerNorm"),
+    "no forward": (
+        SomeLayerNorm(),
+        "SomeLayerNorm, whose forward has other parameters than the input",
+    ),
+    "two arguments": (
+        GatedRMSNorm(),
+        "GatedRMSNorm, whose forward has other parameters than the input",
+    ),
+    "two parameters": (
+        BiasedRMSNorm(),
+        "BiasedRMSNorm, which has not just a weight [N] and an epsilon",
+    ),
+    "a buffer": (
+        BufferedRMSNorm(),
+        "BufferedRMSNorm, which has not just a weight [N] and an epsilon",
+    ),
+    "a matrix": (MatrixRMSNorm(), "MatrixRMSNorm, which has not just a weight [N] and an epsilon"),
+    "no epsilon": (
+        NoEpsilonRMSNorm(),
+        "NoEpsilonRMSNorm, which has not just a weight [N] and an epsilon",
+    ),
+    "raises": (RaisingRMSNorm(), "its forward raised NotImplementedError when it was probed"),
+    **{
+        impostor.__name__: (impostor(), "its arithmetic is none that fusednorm has")
+        for impostor in (
+            HalfRMSNorm,
+            SquaredRMSNorm,
+            EpsilonOutsideRMSNorm,
+            HalfPrecisionRMSNorm,
+            RoundedOffsetRMSNorm,
+            CentredRMSNorm,
+            Float32RMSNorm,
+        )
+    },
     "instance forward": (with_forward_on_the_instance(), "replaced on the instance"),
     "parametrized": (parametrized(), "parametrized: swap it before register_parametrization"),
 }
@@ -337,10 +828,10 @@ def test_left_when_somebody_replaced_the_forward_of_nn_layer_norm(monkeypatch):
 def test_a_scripted_norm_is_left_and_reported():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # TorchScript announces its end.
-        model = torch.jit.script(nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 6)))
+        model = torch.jit.script(nn.Sequential(nn.LayerNorm(6), nn.RMSNorm(6), nn.Linear(6, 6)))
     report = replace_norms(model)
     assert report.swapped == ()
-    assert [name for name, _ in report.left] == ["0"]
+    assert [name for name, _ in report.left] == ["0", "1"]
 
 
 def test_other_modules_are_not_reported():
