@@ -64,7 +64,7 @@ def row_count(x: Tensor, spec: Spec) -> int:
 
 def _by_sample(x: Tensor, spec: Spec, *terms: Tensor | None) -> Tensor:
     """Return `x` as [S, M / S, N]."""
-    samples = max((term.shape[0] for term in terms if term is not None), default=1)
+    samples = max([1, *(term.shape[0] for term in terms if term is not None)])
     rows = row_count(x, spec)
     return x.reshape(samples, rows // max(samples, 1), math.prod(spec.normalized_shape))
 

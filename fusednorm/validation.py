@@ -83,7 +83,7 @@ def check_terms(
         None if term is None else _term_rows(op, name, term, input, shape)
         for name, term in terms.items()
     ]
-    samples = max((term.shape[0] for term in flat if term is not None), default=1)
+    samples = max([1, *(term.shape[0] for term in flat if term is not None)])
     return [
         term
         if term is None or term.shape[0] in (1, samples)
@@ -99,7 +99,7 @@ def _term_rows(op: str, name: str, term: Tensor, input: Tensor, shape: tuple[int
     ones = (1,) * (input.dim() - term.dim())
     leading = (*ones, *term.shape)[: len(batch)]
     trailing = (*ones, *term.shape)[len(batch) :]
-    sampled = max((i + 1 for i, size in enumerate(leading) if size != 1), default=0)
+    sampled = max([0, *(i + 1 for i, size in enumerate(leading) if size != 1)])
     if (
         term.dim() > input.dim()
         or (trailing != shape and any(size != 1 for size in trailing))

@@ -21,9 +21,14 @@ pytest.importorskip("triton")
 
 from fusednorm.triton_kernels.config import Architecture, backward_config, forward_config
 
+ROOT = Path(__file__).parents[1]
 NVIDIA = ("sm_80", "sm_90", "sm_100")
 AMD = ("gfx942", "gfx950")
-ACTIVATIONS = {"x": ("ld", "async"), "dy": ("ld", "async"), "y": ("st",), "dx": ("st",)}
+READ = ("ld", "async")
+ACTIVATIONS = {
+    **{"x": READ, "residual": READ, "dz": READ, "dh": READ},
+    **{"z": ("st",), "dx": ("st",), "dresidual": ("st",), "h": (*READ, "st")},
+}
 
 Entry = dict[str, Any]
 
@@ -43,12 +48,14 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> list[Entry]:
 
 
 def compile_everything() -> str:
-    """Run codegen.py outside of the interpreter; return its JSON."""
+    """Run the report outside of the interpreter; return its JSON."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, str(Path(__file__).with_name("codegen.py")), "--json"]
+    command = [sys.executable, "-m", "bench", "codegen", "--json"]
     if os.environ.get("CODEGEN_FULL"):
         command.append("--full")
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
     if done.returncode != 0:
         pytest.fail(done.stderr, pytrace=False)
     return done.stdout
@@ -100,7 +107,7 @@ def narrow(entry: Entry) -> str:
 def synchronous(entry: Entry) -> str:
     """Describe the activations that a pipelined kernel does not copy asynchronously."""
     width = str(entry["vector_bytes"])
-    waits = [name for name in ("x", "dy") if width not in entry["accesses"][name].get("async", {})]
+    waits = [name for name in ("h", "dz") if width not in entry["accesses"][name].get("async", {})]
     if width not in entry["machine"].get("LDGSTS", {}):
         waits.append("no LDGSTS")
     return ", ".join(waits)
@@ -232,7 +239,7 @@ def test_report_shows_planted_narrow_access(report: list[Entry]) -> None:
 def test_report_shows_planted_synchronous_backward(report: list[Entry]) -> None:
     entries = planted(report, "one stage")
     assert entries
-    assert all(synchronous(e) == "x, dy, no LDGSTS" for e in entries)
+    assert all(synchronous(e) == "h, dz, no LDGSTS" for e in entries)
 
 
 @pytest.mark.parametrize("itemsize", [2, 4, 8])

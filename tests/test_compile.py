@@ -504,6 +504,7 @@ def meta_launches(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
     h200 = Architecture(warp_size=32, processors=132, shared_bytes=232448, registers=65536)
     monkeypatch.setattr(launch, "architecture", lambda device: h200)
     monkeypatch.setattr(launch, "device_guard", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(backends, "kernels", lambda device: "triton")
     return record_launches(monkeypatch, execute=False)
 
 
@@ -519,6 +520,32 @@ def launch_both(rows: int, cols: int, dtype: torch.dtype, stride: int, eps: floa
         x, None, None, weight, bias, None, None, None, spec=spec, want_h=False
     )
     torch.autograd.grad(y, inputs, dy)
+
+
+def launch_every_term(rows: int, dropout_p: float) -> None:
+    """Launch forward and backward of everything for `rows` rows of each of 2 to 6 samples."""
+    samples, cols = 2 + rows % 5, 1024
+    shapes = {"x": (samples * rows, cols), "residual": (samples * rows, cols)}
+    shapes |= {"gate": (samples, cols), "weight": (cols,), "bias": (cols,)}
+    shapes |= {"scale": (samples, cols), "shift": (samples, cols)}
+    inputs = [
+        torch.empty(shape, dtype=BF16, device="meta", requires_grad=True)
+        for shape in shapes.values()
+    ]
+    seed = torch.empty(1, dtype=torch.int64, device="meta")
+    spec = plain_spec((cols,), 1e-5, BF16)._replace(h_dtype=BF16, dropout_p=dropout_p)
+    z, h = autograd.layer_norm(*inputs, seed, spec=spec, want_h=True)
+    torch.autograd.grad([z, h], inputs, [torch.empty_like(z), torch.empty_like(z)])
+
+
+def test_rows_samples_and_rates_compile_nothing(meta_launches: list[Launch]) -> None:
+    """With every term neither M nor the number of samples nor the rate is compiled in."""
+    for rows in MANY_ROWS:
+        if rows:
+            launch_every_term(rows, 1 / (rows + 1))
+    keys = compile_keys(meta_launches)
+    assert len(keys) == 3
+    assert {name: len(found) for name, found in keys.items()} == dict.fromkeys(keys, 1)
 
 
 @pytest.mark.parametrize("dtype", [BF16, F32, F64], ids=str)

@@ -41,7 +41,7 @@ ROWS = sorted({*range(1, 70), 100, 131, 132, 133, 199, 255, 256, 257, 1000, 4096
 every_device = pytest.mark.parametrize("arch", ARCHITECTURES.values(), ids=ARCHITECTURES)
 every_itemsize = pytest.mark.parametrize("itemsize", ITEMSIZES)
 
-MIN_THREADS, MAX_THREADS = 128, 512
+MIN_THREADS, MAX_THREADS, LOOPED_THREADS = 128, 512, 1024
 
 # Shared memory that the compiler needs for reductions, beside the stages of the pipeline.
 REDUCTION_BYTES = 1024
@@ -106,13 +106,18 @@ def test_idle_lanes_of_short_rows_share_a_sector(itemsize: int, arch: Architectu
 @every_device
 @every_itemsize
 def test_programs_are_launchable(itemsize: int, arch: Architecture) -> None:
-    """Every size is a power of two, and a program has 128 to 512 threads on any warp size."""
+    """Every size is a power of two, and a program has 128 to 512 threads on any warp size.
+
+    One that walks a row and keeps nothing of it may have 1024.
+    """
     for cols in COLS:
+        resident = {"finalize", *_resident(cols, itemsize, arch)}
         for name, tile in _tiles(cols, itemsize, arch).items():
             for size in (tile.block_n, tile.rows, tile.num_warps):
                 assert _is_power_of_two(size), (cols, name, tile)
             assert tile.chunks >= 1, (cols, name)
-            assert MIN_THREADS <= tile.num_warps * arch.warp_size <= MAX_THREADS, (cols, name)
+            most = MAX_THREADS if name in resident else LOOPED_THREADS
+            assert MIN_THREADS <= tile.num_warps * arch.warp_size <= most, (cols, name)
 
 
 @every_device
@@ -190,7 +195,7 @@ def test_pipeline_fits_in_shared_memory(itemsize: int, arch: Architecture) -> No
 @every_device
 def test_register_limit(arch: Architecture) -> None:
     """A program may use the whole register file and no more, in what the hardware encodes."""
-    for num_warps in (1, 2, 4, 8, 16):
+    for num_warps in (1, 2, 4, 8, 16, 32):
         limit = arch.max_registers(num_warps)
         if arch.registers == 0:
             assert limit is None

@@ -79,12 +79,12 @@ def test_every_term(
 ) -> None:
     """With every term two runs are equal, and so are a row alone, its sample and its batch."""
     few_programs(monkeypatch)
-    case = _with_every_term((3, 5), cols, dtype, kernels)
+    case = _with_every_term((2, 3), cols, dtype, kernels)
     batch = run(fused, case)
     again = run(fused, case)
     for name, tensor in batch.items():
         assert torch.equal(tensor, again[name]), name
-    for rows in (slice(0, 5), slice(0, 2), slice(0, 1)):
+    for rows in (slice(0, 3), slice(0, 1)):
         part = run(fused, _sample(case, slice(0, 1), rows))
         for name in ("y", "h", "dx", "dresidual"):
             assert torch.equal(part[name], batch[name][:1, rows]), (name, rows)

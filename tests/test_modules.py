@@ -5,6 +5,7 @@ import doctest
 import inspect
 import io
 import pickle
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrize
 
-from fusednorm import modules
+from fusednorm import backends, modules
 from fusednorm.modules import AdaLayerNorm, AddLayerNorm, AddRMSNorm, LayerNorm, RMSNorm
 
 AFFINE = [
@@ -22,6 +23,13 @@ AFFINE = [
     for bias in (True, False)
 ]
 SHAPES = [7, (7,), [3, 7], torch.Size([2, 3, 7])]
+
+
+@pytest.fixture(autouse=True)
+def torch_backend() -> Iterator[None]:
+    """Run torch's own operators, bit for bit, except where a test forces the kernels."""
+    with backends.use("torch"):
+        yield
 
 
 def make_pair(shape: Any = 7, **options: Any) -> tuple[LayerNorm, nn.LayerNorm]:
@@ -381,6 +389,22 @@ def test_add_norm_with_the_kernels(add, norm, original, prenorm, kernels):
     plain = outputs_and_gradients(lambda *t: unfused(module, *t), module, x, residual)
     for actual, expected in zip(fused, plain, strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    with torch.no_grad():  # nothing is saved for a backward
+        torch.testing.assert_close(module(x, residual), unfused(module, x, residual))
+
+
+@pytest.mark.parametrize(("add", "norm", "original"), ADD)
+def test_post_norm_does_not_ask_for_the_stream(add, norm, original, monkeypatch):
+    add_norm, asked = modules._add_norm, []
+
+    def spy(*args, want_h, **kwargs):
+        asked.append(want_h)
+        return add_norm(*args, want_h=want_h, **kwargs)
+
+    monkeypatch.setattr(modules, "_add_norm", spy)
+    for prenorm in (False, True):
+        add(7, prenorm=prenorm)(*torch.randn(2, 5, 7))
+    assert asked == [False, True]
 
 
 @pytest.mark.parametrize(("add", "norm", "original"), ADD)

@@ -4,6 +4,7 @@ import copy
 import doctest
 import pickle
 import warnings
+from collections.abc import Iterator
 from dataclasses import FrozenInstanceError
 from itertools import product
 
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize, prune
 
-from fusednorm import modules, replace
+from fusednorm import backends, modules, replace
 from fusednorm.modules import AdaLayerNorm, AddLayerNorm, AddRMSNorm, LayerNorm, RMSNorm
 from fusednorm.replace import (
     CastAfterWeight,
@@ -22,6 +23,13 @@ from fusednorm.replace import (
     replace_norms,
     restore_norms,
 )
+
+
+@pytest.fixture(autouse=True)
+def torch_backend() -> Iterator[None]:
+    """Run torch's own operators, bit for bit, except where a test forces the kernels."""
+    with backends.use("torch"):
+        yield
 
 
 class OwnForward(nn.LayerNorm):
@@ -173,6 +181,33 @@ class Float32RMSNorm(OwnRMSNorm):
 
     def forward(self, x):
         return self.weight.float() * self.x_hat(x)
+
+
+class UpcastRMSNorm(OwnRMSNorm):
+    """Its numbers are Llama's, its dtype is not."""
+
+    def forward(self, x):
+        return (self.weight * self.x_hat(x).to(x.dtype)).float()
+
+
+class ShapedRMSNorm(OwnRMSNorm):
+    def forward(self, x):
+        return (self.weight * self.x_hat(x).to(x.dtype))[None]
+
+
+class ClampedRMSNorm(OwnRMSNorm):
+    """Differs in a few elements only."""
+
+    def forward(self, x):
+        return self.weight * self.x_hat(x).clamp(-2.3, 2.3).to(x.dtype)
+
+
+class PromotedRMSNorm(OwnRMSNorm):
+    """It has Llama's dtypes, and rounds once."""
+
+    def forward(self, x):
+        y = self.weight.float() * self.x_hat(x)
+        return y.to(torch.promote_types(self.weight.dtype, x.dtype))
 
 
 class RaisingRMSNorm(OwnRMSNorm):
@@ -593,9 +628,10 @@ def test_the_arithmetic_is_that_of_the_instance():
 def test_a_class_is_probed_once(monkeypatch):
     probed, probe = [], replace._probe
     monkeypatch.setattr(replace, "_probe", lambda *args: probed.append(args[0]) or probe(*args))
-    model = nn.Sequential(*(LlamaRMSNorm() for _ in range(3)), GemmaRMSNorm(), LlamaRMSNorm())
-    assert len(replace_norms(model).swapped) == 5
-    assert probed == [model[0], model[3]]
+    own = (LlamaRMSNorm(eps=float("0.02")) for _ in range(3))  # equal, not the same
+    model = nn.Sequential(*own, GemmaRMSNorm(), LlamaRMSNorm(8, 0.02), LlamaRMSNorm(6, 0.02))
+    assert len(replace_norms(model).swapped) == 6
+    assert probed == [model[0], model[3], model[4]]
 
 
 def test_the_probe_leaves_no_trace():
@@ -638,22 +674,53 @@ def test_a_forward_with_effects_is_left_and_has_none_in_the_probe(cls):
     assert replace_norms(norm).left == (("", "its forward changes the module or the input"),)
     assert torch.equal(torch.get_rng_state(), state)
     assert contents(norm) == held
+    assert norm._buffers == {}
 
 
-@pytest.mark.parametrize("around", [torch.inference_mode, lambda: torch.device("meta")])
-def test_the_probe_works_under_any_mode(around):
+class MatrixProductRMSNorm(OwnRMSNorm):
+    """Its sum is an operator that autocast runs in half precision."""
+
+    def forward(self, x):
+        x = x.unsqueeze(-2)
+        mean_square = x.float() @ x.float().mT / x.shape[-1]
+        return self.weight * (x * torch.rsqrt(mean_square + self.eps)).to(x.dtype).squeeze(-2)
+
+
+class WarningRMSNorm(LlamaRMSNorm):
+    def forward(self, hidden_states):
+        warnings.warn("slow on the CPU", stacklevel=2)
+        return super().forward(hidden_states)
+
+
+@pytest.mark.parametrize(
+    "around",
+    [
+        torch.inference_mode,
+        lambda: torch.device("meta"),
+        lambda: torch.autocast("cpu", torch.bfloat16),
+    ],
+    ids=["inference", "meta", "autocast"],
+)
+@pytest.mark.parametrize("cls", [LlamaRMSNorm, MatrixProductRMSNorm, WarningRMSNorm])
+def test_the_probe_works_under_any_mode_and_in_silence(cls, around):
     with around():
-        norm = LlamaRMSNorm()
-        assert replace_norms(norm).swapped == ("",)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert replace_norms(LlamaRMSNorm()).swapped == ("",)
+        assert replace_norms(cls()).swapped == ("",)
+
+
+@pytest.mark.parametrize("size", [1, 2, 256, 4096])
+@pytest.mark.parametrize(("cls", "arithmetic"), OWN_NORMS.items())
+def test_the_probe_finds_the_arithmetic_of_any_size(cls, arithmetic, size):
+    norm = cls(size, 0.0 if size == 1 else 1e-6)  # every x_hat is 1 or -1, or hardly any
+    replace_norms(norm)
+    assert isinstance(norm, arithmetic)
 
 
 def test_probing_needs_no_data():
     with torch.device("meta"):
         norm = LlamaRMSNorm()
     assert replace_norms(norm).swapped == ("",)
-    assert norm(torch.empty(3, 6, device="meta")).is_meta
+    for dtype in (torch.float32, torch.bfloat16):
+        assert norm.to(dtype)(torch.empty(3, 6, device="meta", dtype=dtype)).is_meta
 
 
 def test_the_keyword_of_the_model_still_works(monkeypatch):
@@ -739,6 +806,8 @@ def test_a_compiled_norm_of_a_model_is_one_graph():
     compiled = torch.compile(norm, backend="eager", fullgraph=True)
     for dtype in (torch.float32, torch.bfloat16):  # fused, and the forward of the model
         assert torch.equal(compiled(x.to(dtype)), norm(x.to(dtype)))
+    norm.bfloat16()
+    assert torch.equal(compiled(x.bfloat16()), norm(x.bfloat16()))
 
 
 # What is left, and why
@@ -798,8 +867,13 @@ LEFT = {
             RoundedOffsetRMSNorm,
             CentredRMSNorm,
             Float32RMSNorm,
+            UpcastRMSNorm,
+            ShapedRMSNorm,
+            ClampedRMSNorm,
+            PromotedRMSNorm,
         )
     },
+    "small epsilon": (EpsilonOutsideRMSNorm(6, 1e-6), "its arithmetic is none that fusednorm has"),
     "instance forward": (with_forward_on_the_instance(), "replaced on the instance"),
     "parametrized": (parametrized(), "parametrized: swap it before register_parametrization"),
 }

@@ -23,7 +23,7 @@ from helpers import (
 from spies import few_programs, record_launches
 from torch import Tensor
 
-from fusednorm import add_layer_norm, backends, ops
+from fusednorm import add_layer_norm, backends, layer_norm, ops
 from fusednorm.reference import Spec
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -387,6 +387,14 @@ def test_unused_stream_costs_no_traffic(
     _, h = add_layer_norm(x, residual, 8)
     h.sum().backward()
     assert [launch.kernel for launch in launches] == ["layer_norm_fwd_kernel"]
+
+
+@pytest.mark.parametrize("cols", [64, 1025, 34000])
+def test_output_is_the_norm_of_the_stream(kernels: torch.device, cols: int) -> None:
+    """What is normalised is the h that the caller gets, rounded as it is stored."""
+    x, residual = torch.randn(2, 3, cols, device=kernels, dtype=torch.bfloat16)
+    z, h = add_layer_norm(x, residual, cols)
+    assert torch.equal(z, layer_norm(h, cols))
 
 
 def test_start_of_a_stream_is_not_copied(kernels: torch.device) -> None:

@@ -476,9 +476,10 @@ def _finalize_term(
     first = sample * count
     if SCALAR:
         if block == 0:
-            total = tl.zeros((COLS,), partial_ptr.dtype.element_ty)
+            # N numbers become one, where those of a vector are sums over a few programs.
+            total = tl.zeros((COLS,), tl.float64)
             for i in tl.range(0, tl.cdiv(N, COLS)):
-                total += _term_columns(
+                columns = _term_columns(
                     partial_ptr,
                     factor_ptr,
                     addend_ptr,
@@ -490,6 +491,7 @@ def _finalize_term(
                     ROWS,
                     COLS,
                 )
+                total += columns.to(tl.float64)
             tl.store(out_ptr + sample, cast(tl.sum(total, axis=0), out_ptr.dtype.element_ty))
     else:
         cols = chunk_columns(block, COLS)

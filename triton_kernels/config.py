@@ -23,6 +23,9 @@ MAX_THREADS = 512
 """Threads of a program that holds one long row. At 1024 the register file leaves 64 registers to a
 thread, which the backward accumulators alone would fill."""
 
+LOOPED_THREADS = 1024
+"""Threads of a program that walks a row and keeps nothing of it."""
+
 MIN_BLOCK_BYTES = 32
 """The smallest tile of a row, one DRAM sector. Rows shorter than a few sectors may leave more than
 a quarter of the lanes idle, but idle lanes of a fetched sector cost no bandwidth."""
@@ -99,6 +102,56 @@ class BackwardConfig:
     programs_per_processor: int
 
 
+@dataclass(frozen=True)
+class Tier:
+    """How rows of up to `limit` columns are shared out.
+
+    Attributes:
+        limit: The longest row.
+        per_thread: Elements of one row that a thread should hold.
+        rows_per_thread: Rows of which a thread may hold a part where a warp holds whole rows and
+            `per_thread` elements are more than its share of one.
+    """
+
+    limit: int
+    per_thread: int
+    rows_per_thread: int
+
+
+# By bytes of an element of what is written; `python -m bench tune` proposes changes to the tiers.
+# 32 elements a thread: one warp holds a 16-bit row of 1024 columns, so that up to there no row
+# needs a barrier, and at ~70 registers every processor keeps over 32 KB in flight. A second program
+# of 512 threads does not fit beside one at these 70 registers, and nothing would load while a row
+# is stored: from 512 x 32 elements on 256 threads hold 64. float64 takes two registers an element.
+FORWARD_TIERS = {
+    2: (
+        Tier(12288, 32, 4),
+        Tier(32768, 64, 4),
+    ),
+    4: (
+        Tier(14336, 32, 4),
+        Tier(32768, 64, 4),
+    ),
+    8: (
+        Tier(8192, 16, 4),
+    ),
+}  # fmt: skip
+
+# Each column a thread owns costs two float32 accumulators, and two more registers while h and dz
+# are kept across the row sums: 16 columns a thread take about 100 registers.
+BACKWARD_TIERS = {
+    2: (
+        Tier(8192, 16, 2),
+    ),
+    4: (
+        Tier(8192, 16, 2),
+    ),
+    8: (
+        Tier(4096, 8, 2),
+    ),
+}  # fmt: skip
+
+
 def next_power_of_two(n: int) -> int:
     """Return the smallest power of two that is at least `n`."""
     return 1 << (n - 1).bit_length()
@@ -130,8 +183,8 @@ def _row_tile(
         cols: Columns of the row, N.
         itemsize: Bytes of one element of x.
         per_thread: Elements of one row that a thread should hold.
-        rows_per_thread: Rows of which a thread holds a part when one 16-byte access covers its
-            share of a row.
+        rows_per_thread: Rows of which a thread may hold a part where a warp holds whole rows and
+            `per_thread` elements are more than its share of one.
         warp_size: Threads of a warp.
     """
     vector = VECTOR_BYTES // itemsize
@@ -146,8 +199,8 @@ def _row_tile(
     chunks = -(-cols // block)
     threads_per_row = max(1, block // vector)
     rows = max(1, MIN_THREADS // threads_per_row)
-    if chunks == 1 and threads_per_row < 32:
-        rows *= rows_per_thread
+    if threads_per_row <= 32:
+        rows *= max(1, min(rows_per_thread, per_thread // (chunks * vector)))
     threads = max(MIN_THREADS, threads_per_row)
     return RowTile(block, chunks, rows, max(1, threads // warp_size))
 
@@ -155,20 +208,23 @@ def _row_tile(
 def _looped_tile(itemsize: int, warp_size: int) -> RowTile:
     """Return the tile of a row that is walked in a loop: one 16-byte access a thread and step.
 
-    Four such programs fill the threads of a processor and keep 32 KB in flight.
+    At the 50 to 60 registers of such a loop 1024 threads fit on a processor. As one program they
+    walk one row, whose second walk finds it in L2: 132 rows of 131072 16-bit columns are 35 MB.
     """
-    return RowTile(MAX_THREADS * VECTOR_BYTES // itemsize, 1, 1, MAX_THREADS // warp_size)
+    return RowTile(LOOPED_THREADS * VECTOR_BYTES // itemsize, 1, 1, LOOPED_THREADS // warp_size)
+
+
+def _tier(tiers: dict[int, tuple[Tier, ...]], cols: int, itemsize: int) -> Tier | None:
+    """Return the tier of rows of `cols` elements; None for rows too long to stay on chip."""
+    return next((tier for tier in tiers[itemsize] if cols <= tier.limit), None)
 
 
 @lru_cache(maxsize=4096)
 def forward_config(cols: int, itemsize: int, arch: Architecture) -> ForwardConfig:
     """Return the forward launch for rows of `cols` elements of `itemsize` bytes."""
-    if cols <= MAX_THREADS * (64 if itemsize < 8 else 16):
-        # 32 elements a thread: one warp holds a 16-bit row of 1024 columns, so that up to there no
-        # row needs a barrier, and at ~70 registers every processor keeps over 32 KB in flight.
-        # float64 takes two registers an element.
-        per_thread = 32 if itemsize < 8 else 16
-        return ForwardConfig(_row_tile(cols, itemsize, per_thread, 2, arch.warp_size), False)
+    if tier := _tier(FORWARD_TIERS, cols, itemsize):
+        share = tier.per_thread, tier.rows_per_thread
+        return ForwardConfig(_row_tile(cols, itemsize, *share, arch.warp_size), False)
     return ForwardConfig(_looped_tile(itemsize, arch.warp_size), True)
 
 
@@ -178,10 +234,6 @@ def backward_config(
 ) -> BackwardConfig:
     """Return the backward launch for rows of `cols` elements of `itemsize` bytes.
 
-    Each column a thread owns costs two float32 accumulators, and two more registers while h and dz
-    are kept across the row sums: 16 columns a thread take about 100 registers. The gradient of a
-    gate takes an accumulator more.
-
     Args:
         cols: Columns of the row, N.
         itemsize: Bytes of an element of dx, 8 where the sums are float64.
@@ -189,15 +241,19 @@ def backward_config(
         stream_bytes: Bytes that are read for each column of a row: those of h, dz, dh and x.
         gate_gradient: Whether the sums of dgate are kept as well.
     """
-    per_thread = 16 if itemsize < 8 else 8
-    most = 24  # columns a thread whose accumulators leave room for nothing but temporaries
+    # The gradient of a gate takes half as much again: such rows are tiled as if twice as long.
+    sums, most, length = None, 24, 1
     if gate_gradient:
-        per_thread, most = per_thread // 2, 16
-    sums = None
-    if cols <= MAX_THREADS * per_thread:
-        form, tile = "resident", _row_tile(cols, itemsize, per_thread, 2, arch.warp_size)
+        most, length = 16, 2
+    tier = _tier(BACKWARD_TIERS, cols * length, itemsize)
+    longest = tier or BACKWARD_TIERS[itemsize][-1]
+    per_thread = longest.per_thread // length
+    if tier:
+        form = "resident"
+        tile = _row_tile(cols, itemsize, per_thread, tier.rows_per_thread, arch.warp_size)
     elif itemsize == 2 and cols <= MAX_THREADS * most:
-        # There is no room for h and dz as well; wider types spill even so.
+        # At `most` columns a thread the accumulators leave no room for h and dz as well; wider
+        # types spill even so.
         form, tile = "reload", _row_tile(cols, itemsize, per_thread, 1, arch.warp_size)
         stream_bytes *= 2  # the pipeline fetches the second reading as well
     else:

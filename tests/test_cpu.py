@@ -1,0 +1,317 @@
+"""The compiled CPU kernels, at every instruction set: the suites of the Triton kernels, and more."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import make_case, run
+from test_accuracy import (
+    test_error_is_at_most_that_of_torch,
+    test_error_without_weight_or_bias,
+    test_large_mean_costs_no_digits,
+    test_many_rows,
+    test_variance_of_the_hardest_rows,
+)
+from test_autograd import (
+    test_anomaly_detection,
+    test_backward_of_the_kernels_under_a_transform,
+    test_double_backward_of_some_gradients,
+    test_dy_is_not_modified,
+    test_gradcheck_in_every_mode,
+    test_gradgradcheck_in_every_mode,
+    test_hooks,
+    test_inputs_are_not_modified,
+    test_retain_graph,
+    test_undefined_gradients_of_backward,
+)
+from test_determinism import (
+    test_row_alone_equals_row_among_thousands,
+    test_row_alone_equals_row_in_batch,
+    test_two_runs_are_equal,
+)
+from test_dropout import (
+    test_checkpoint_replays_the_mask,
+    test_follows_manual_seed,
+    test_mask_is_the_published_one,
+    test_rate_and_independence,
+)
+from test_layouts import (
+    test_constant_rows,
+    test_dy_expanded_from_one_number,
+    test_dy_that_a_residual_branch_shares,
+    test_empty_inputs,
+    test_eps,
+    test_float16_up_to_its_range,
+    test_gamma_zero_tiny_negative,
+    test_large_mean_and_small_variance,
+    test_layouts_in_half_precision,
+    test_layouts_of_weight_and_bias,
+    test_layouts_of_x_and_dy,
+    test_mixed_dtypes,
+    test_non_finite_weight_bias_or_dy,
+    test_non_finite_x,
+    test_nothing_outside_the_tensors_is_read_or_written,
+    test_one_column,
+    test_ranks,
+    test_rows_beyond_int32,
+    test_rows_whose_variance_eps_takes_away,
+    test_small_eps_of_small_rows,
+    test_strided_normalised_dimensions,
+    test_strided_parameters_of_several_dimensions,
+    test_y_is_laid_out_as_torchs,
+)
+from test_terms import (
+    test_dtype_of_the_stream,
+    test_frozen_inputs,
+    test_gradcheck,
+    test_gradgradcheck,
+    test_long_rows,
+    test_opcheck,
+    test_pairs,
+    test_start_of_a_stream_is_not_copied,
+    test_unused_output,
+    test_uses,
+)
+
+import fusednorm
+from fusednorm import backends
+
+if "cpu" not in backends.available():
+    pytest.skip("the compiled extension is not installed", allow_module_level=True)
+
+from fusednorm import _C
+
+ROOT = Path(__file__).parents[1]
+
+
+def _runs(level: str) -> bool:
+    before = _C.level()
+    try:
+        _C.level(level)
+    except ValueError:
+        return False
+    finally:
+        _C.level(before)
+    return True
+
+
+LEVELS = tuple(filter(_runs, ("avx512", "avx2", "portable")))
+
+# Of the imported suites, those that depend on how wide a vector is and how it is converted; the
+# others run at the level that is the default here.
+AT_EVERY_LEVEL = {
+    test_error_without_weight_or_bias,
+    test_large_mean_costs_no_digits,
+    test_layouts_in_half_precision,
+    test_long_rows,
+    test_mask_is_the_published_one,
+    test_non_finite_x,
+    test_one_column,
+    test_row_alone_equals_row_in_batch,
+    test_uses,
+}
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Choose the levels of each test."""
+    if "level" in metafunc.fixturenames:
+        every = metafunc.function in AT_EVERY_LEVEL or metafunc.function.__module__ == __name__
+        metafunc.parametrize("level", LEVELS if every else LEVELS[:1], indirect=True)
+
+
+@pytest.fixture
+def level(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Put the kernels for one instruction set in use."""
+    before = _C.level()
+    yield _C.level(request.param)
+    _C.level(before)
+
+
+@pytest.fixture
+def kernels(level: str) -> Iterator[torch.device]:
+    """Force the compiled kernels; the suites imported above get this fixture, not Triton's."""
+    with backends.use("cpu"):
+        yield torch.device("cpu")
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """Let the test change the number of threads."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+# Conversions: without any term, a stream of another dtype is x converted.
+
+
+def _as_stream(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return fusednorm.add_layer_norm(x, None, x.shape[-1], residual_dtype=dtype)[1]
+
+
+@pytest.mark.parametrize("source", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("target", [torch.float32, torch.float64], ids=str)
+def test_every_half_is_widened_exactly(
+    kernels: torch.device, source: torch.dtype, target: torch.dtype
+) -> None:
+    """All 65536 patterns: subnormal numbers, infinities and NaN among them."""
+    x = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(source).reshape(64, 1024)
+    torch.testing.assert_close(_as_stream(x, target), x.to(target), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("source", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("target", [torch.float16, torch.bfloat16], ids=str)
+def test_rounding_is_to_nearest_even(
+    kernels: torch.device, source: torch.dtype, target: torch.dtype
+) -> None:
+    """Every half, the middle between it and the next one, and what lies just beside the middle."""
+    halves = torch.arange(0, 2**15 - 1, dtype=torch.int16)
+    low, high = (half.view(target).float() for half in (halves, halves + 1))
+    middle = torch.where(high.isfinite(), (low + high) / 2, low)
+    beside = [torch.nextafter(middle, torch.tensor(to)) for to in (-torch.inf, torch.inf)]
+    values = torch.cat([low, middle, *beside])
+    x = torch.cat([values, -values]).to(source).reshape(-1, 331)
+    torch.testing.assert_close(_as_stream(x, target), x.to(target), rtol=0, atol=0, equal_nan=True)
+
+
+# Threads
+
+SHARED = [(3, 64), (64, 768), (37, 1000), (200, 8193)]
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize(("rows", "cols"), SHARED)
+def test_threads_share_rows_not_sums(kernels: torch.device, rows: int, cols: int) -> None:
+    """Y and dx have the same bits for any number of threads, dweight for the same number."""
+    case = make_case(rows, cols, torch.float32, kernels)
+    results = {}
+    for count in (1, 2, 3, 8):
+        torch.set_num_threads(count)
+        results[count] = run(fusednorm.layer_norm, case)
+        again = run(fusednorm.layer_norm, case)
+        for name, tensor in results[count].items():
+            assert torch.equal(tensor, again[name]), (name, count)
+    for count, result in results.items():
+        for name in ("y", "dx"):
+            assert torch.equal(result[name], results[1][name]), (name, count)
+        for name in ("dweight", "dbias"):
+            torch.testing.assert_close(result[name], results[1][name], rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("samples", [1, 2, 5, 40])
+def test_threads_share_samples(kernels: torch.device, samples: int) -> None:
+    """Gradients of terms do not depend on how samples fall to threads, but for rounding."""
+    rows, cols = 40, 3000
+    x, dz = (torch.randn(samples, rows // samples, cols) for _ in range(2))
+    terms = {
+        name: torch.randn(samples, 1, size).requires_grad_()
+        for name, size in (("gate", 1), ("scale", cols), ("shift", cols))
+    }
+    weight = torch.randn(cols, requires_grad=True)
+    results = []
+    for count in (1, 2, 7):
+        torch.set_num_threads(count)
+        z, _ = fusednorm.add_layer_norm(x, x, cols, weight, **terms)
+        results.append(torch.autograd.grad(z, (weight, *terms.values()), dz))
+    for result in results[1:]:
+        for ours, alone in zip(result, results[0], strict=True):
+            torch.testing.assert_close(ours, alone, rtol=1e-4, atol=1e-3)
+
+
+# The extension itself
+
+
+def _symbols(*options: str) -> list[str]:
+    if shutil.which("nm") is None:
+        pytest.skip("needs nm")
+    command = ["nm", *options, _C.__file__]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    return [line.split(maxsplit=1)[-1].split(maxsplit=1)[-1].split("@")[0] for line in lines]
+
+
+def test_only_the_stable_abi_of_torch_is_used() -> None:
+    """No C++ symbol of torch: its C shims alone keep their meaning from version to version."""
+    undefined = _symbols("-D", "--undefined-only")
+    cpp = [name for name in _symbols("-DC", "--undefined-only") if "at::" in name or "c10" in name]
+    assert cpp == []
+    assert {name for name in undefined if "torch" in name}
+    assert all(name.startswith(("aoti_torch_", "torch_")) for name in undefined if "torch" in name)
+
+
+def test_only_the_limited_api_of_python_is_used() -> None:
+    """What Python 3.10 and all later ones export."""
+    assert Path(_C.__file__).name.endswith(".abi3.so")
+    assert {name for name in _symbols("-D", "--undefined-only") if "Py" in name} == {
+        "PyArg_ParseTuple",
+        "PyErr_Format",
+        "PyExc_ValueError",
+        "PyModule_Create2",
+        "PyUnicode_FromString",
+    }
+
+
+def test_threads_are_torchs() -> None:
+    """A second OpenMP would spin against torch's own."""
+    assert [name for name in _symbols("-D", "--undefined-only") if "omp" in name.lower()] == []
+
+
+def test_levels_keep_to_themselves() -> None:
+    """Code that two levels share would be compiled for one of them: they export their table."""
+    exported = _symbols("-DC", "--defined-only")
+    assert [name for name in exported if "cpu" in name or "vector_size" in name] == []
+
+
+def test_a_level_that_is_not_there() -> None:
+    """It is refused, and the one in use stays."""
+    before = _C.level()
+    with pytest.raises(ValueError, match="this processor cannot run 'sse9'"):
+        _C.level("sse9")
+    assert _C.level() == before
+
+
+def _build(choice: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "setup.py", "--version"],
+        cwd=ROOT,
+        env=os.environ | {"FUSEDNORM_BUILD": choice},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [
+        ("none", "no compiled extension (FUSEDNORM_BUILD=none)"),
+        ("cpu", "building cpu (FUSEDNORM_BUILD=cpu)"),
+        ("auto", "building cpu (FUSEDNORM_BUILD=auto): torch and a C++17 compiler were found"),
+    ],
+)
+def test_build_says_what_it_does(choice: str, message: str) -> None:
+    """And why."""
+    done = _build(choice)
+    assert done.returncode == 0, done.stderr
+    assert message in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [
+        ("cuda", "there are no CUDA kernels yet; use cpu, none or auto"),
+        ("fast", "expected one of none, cpu, cuda, auto, got 'fast'"),
+    ],
+)
+def test_build_that_cannot_be_met(choice: str, message: str) -> None:
+    """It stops, and names the remedy."""
+    done = _build(choice)
+    assert done.returncode != 0
+    assert message in done.stderr

@@ -1,0 +1,31 @@
+"""The README's table of bytes is the one that the launches add up to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import traffic
+
+README = Path(__file__).resolve().parent.parent / "README.md"
+
+
+@pytest.fixture(scope="module")
+def table() -> str:
+    return traffic.table()
+
+
+def test_readme_shows_what_moves(table: str) -> None:
+    """Whoever changes what a kernel reads or writes prints the table again."""
+    assert table in README.read_text()
+
+
+def test_no_use_moves_more_than_unfused_torch(table: str) -> None:
+    """But for the partial sums of the backward, under 6 % of what it moves."""
+    for line in table.splitlines()[2:]:
+        forward, torchs_forward, backward, torchs_backward, kept, torchs_kept = (
+            float(cell) for cell in line.strip("|").split("|")[1:]
+        )
+        assert forward <= torchs_forward, line
+        assert backward <= 1.06 * torchs_backward, line
+        assert kept <= torchs_kept, line
