@@ -79,37 +79,42 @@ def check_terms(
     op: str, input: Tensor, shape: tuple[int, ...], **terms: Tensor | None
 ) -> list[Tensor | None]:
     """Return each term as [1 or S, N or 1]: S samples of consecutive rows of `input`."""
-    flat = [
-        None if term is None else _term_rows(op, name, term, input, shape)
+    sizes = {
+        name: _term_size(op, name, term, input, shape)
         for name, term in terms.items()
-    ]
-    samples = max([1, *(term.shape[0] for term in flat if term is not None)])
-    return [
-        term
-        if term is None or term.shape[0] in (1, samples)
-        else term.repeat_interleave(samples // term.shape[0], 0)
-        for term in flat
-    ]
+        if term is not None
+    }
+    samples = max([1, *(rows for rows, _ in sizes.values())])
+    flat: list[Tensor | None] = []
+    for name, term in terms.items():
+        if term is not None:
+            rows, _ = sizes[name]
+            term = term.reshape(sizes[name])
+            if rows not in (1, samples):
+                term = term.repeat_interleave(samples // rows, 0)
+        flat.append(term)
+    return flat
 
 
-def _term_rows(op: str, name: str, term: Tensor, input: Tensor, shape: tuple[int, ...]) -> Tensor:
-    _check_tensor(op, name, term)
+def _term_size(
+    op: str, name: str, term: Tensor, input: Tensor, shape: tuple[int, ...]
+) -> tuple[int, int]:
+    """Return over how many samples, and how many columns, a term has numbers of its own."""
+    _check_tensor(op, name, term, " or None")
     _check_device(op, name, term, input)
-    batch = input.shape[: input.dim() - len(shape)]
-    ones = (1,) * (input.dim() - term.dim())
-    leading = (*ones, *term.shape)[: len(batch)]
-    trailing = (*ones, *term.shape)[len(batch) :]
+    batch = tuple(input.shape[: input.dim() - len(shape)])
+    sizes = (*(1,) * (input.dim() - term.dim()), *term.shape)
+    leading, trailing = sizes[: len(batch)], sizes[len(batch) :]
     sampled = max([0, *(i + 1 for i, size in enumerate(leading) if size != 1)])
     if (
-        term.dim() > input.dim()
+        len(sizes) != input.dim()
         or (trailing != shape and any(size != 1 for size in trailing))
         or leading[:sampled] != batch[:sampled]
     ):
-        per_row = ", ".join(map(str, shape))
-        vectors = f"({per_row}), or ({{}}{per_row}), or ({{}}{', '.join('1' for _ in shape)})"
-        sample = "".join(f"{size}, " if i == 0 else "1, " for i, size in enumerate(batch))
-        fail(op, f"{name} of shape {vectors.format(sample, sample)}", tuple(term.shape))
-    return term.reshape(math.prod(leading), math.prod(trailing))
+        sample = (*batch[:1], *(1 for _ in batch[1:]))
+        shapes = f"{shape}, {sample + shape} or {sample + tuple(1 for _ in shape)}"
+        fail(op, f"{name} of shape {shapes}", tuple(term.shape))
+    return math.prod(leading), math.prod(trailing)
 
 
 def _check_tensor(op: str, name: str, tensor: Tensor, alternative: str = "") -> None:

@@ -23,7 +23,7 @@ SEQUENCE = "layer_norm: expected normalized_shape to be an int or a sequence of 
 UNFIT = "backends.use: expected tensors that the triton backend can serve, got "
 
 
-@pytest.fixture(params=backends.NAMES)
+@pytest.fixture(params=backends.available())
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every message is the same whichever implementation would have run."""
     with backends.use(request.param):
@@ -300,7 +300,7 @@ def test_unknown_backend(name: Any) -> None:
                 pytest.fail("entered")
 
         message = _message(ValueError, enter)
-        assert message == f"backends.use: expected one of triton, torch, got {name!r}"
+        assert message == f"backends.use: expected one of triton, cpu, torch, got {name!r}"
         assert backends.explain(_ones(1)).reason == "requested by backends.use"
 
 
@@ -361,5 +361,122 @@ def test_unknown_backend_in_the_environment() -> None:
     )
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == (
-        "ValueError: FUSEDNORM_BACKEND: expected one of triton, torch, got 'cudnn'"
+        "ValueError: FUSEDNORM_BACKEND: expected one of triton, cpu, torch, got 'cudnn'"
     )
+
+
+# The functions of the whole equation
+
+
+def _add(**changes: Any) -> Callable[[], object]:
+    """Return a call of `add_layer_norm` that is right but for what is changed."""
+    arguments: dict[str, Any] = {"input": _ones(2, 3, 4), "residual": _ones(2, 3, 4)}
+    arguments |= {"normalized_shape": 4} | changes
+    return lambda: fusednorm.add_layer_norm(**arguments)
+
+
+WRONG_TERMS = [
+    (3,),
+    (3, 4),
+    (3, 1, 4),
+    (2, 1, 3),
+    (1, 3, 4),
+    (2, 4),
+    (1, 2, 1, 4),
+    (5, 1, 1),
+]
+
+
+@pytest.mark.parametrize("size", WRONG_TERMS, ids=str)
+@pytest.mark.parametrize("name", ["gate", "scale", "shift"])
+def test_shape_of_a_term(backend: str, name: str, size: tuple[int, ...]) -> None:
+    """Terms that cover no consecutive rows, or not all, are refused, and what fits is shown."""
+    message = _message(ValueError, _add(**{name: _ones(*size)}))
+    expected = "shape (4,), (2, 1, 4) or (2, 1, 1)"
+    assert message == f"add_layer_norm: expected {name} of {expected}, got {size}"
+
+
+@pytest.mark.parametrize(
+    "size", [(), (1,), (4,), (1, 4), (1, 1, 4), (2, 1, 1), (2, 1, 4), (2, 3, 1), (2, 3, 4)]
+)
+@pytest.mark.parametrize("name", ["gate", "scale", "shift"])
+def test_shapes_of_terms_that_fit(backend: str, name: str, size: tuple[int, ...]) -> None:
+    """Whatever broadcasts over whole samples is taken, and gives what broadcasting gives."""
+    x, residual = torch.randn(2, 2, 3, 4)
+    term = torch.randn(size, requires_grad=True)
+    z, h = fusednorm.add_layer_norm(x, residual, 4, **{name: term})
+    expected_h = residual + x * term if name == "gate" else residual + x
+    expected = F.layer_norm(expected_h, (4,))
+    if name != "gate":
+        expected = expected * (1 + term) if name == "scale" else expected + term
+    torch.testing.assert_close(h, expected_h)
+    torch.testing.assert_close(z, expected)
+    dz = torch.randn_like(z)
+    torch.testing.assert_close(
+        torch.autograd.grad(z, term, dz), torch.autograd.grad(expected, term, dz)
+    )
+
+
+def test_terms_of_different_samples(backend: str) -> None:
+    """One number for each sample and one vector for each row go together."""
+    x = torch.randn(2, 3, 4)
+    gate, scale = torch.randn(2, 1, 1), torch.randn(2, 3, 4)
+    z, h = fusednorm.add_layer_norm(x, None, 4, gate=gate, scale=scale)
+    torch.testing.assert_close(h, gate * x)
+    torch.testing.assert_close(z, F.layer_norm(gate * x, (4,)) * (1 + scale))
+
+
+@pytest.mark.parametrize("size", [(3, 4), (2, 3, 5), (2, 3), (1, 3, 4), (6, 4)], ids=str)
+def test_shape_of_the_residual(backend: str, size: tuple[int, ...]) -> None:
+    """The residual is not broadcast."""
+    message = _message(ValueError, _add(residual=_ones(*size)))
+    assert message == f"add_layer_norm: expected residual of shape (2, 3, 4), got {size}"
+
+
+@pytest.mark.parametrize("p", [1, 1.0, 1.5, -0.1, float("nan"), float("inf")], ids=str)
+def test_rate_of_dropout(backend: str, p: float) -> None:
+    """A rate of 1 would divide by 0."""
+    message = _message(ValueError, _add(dropout_p=p))
+    assert message == f"add_layer_norm: expected dropout_p in [0, 1), got {float(p)}"
+
+
+def test_rate_of_another_kind(backend: str) -> None:
+    """The rate is one number."""
+    message = _message(TypeError, _add(dropout_p="half"))
+    assert message == "add_layer_norm: expected dropout_p to be a float, got str"
+
+
+@pytest.mark.parametrize("name", ["residual", "gate", "scale", "shift"])
+def test_device_of_a_term(backend: str, name: str) -> None:
+    """Everything is where the input is."""
+    size = (2, 3, 4) if name == "residual" else (4,)
+    message = _message(ValueError, _add(**{name: _ones(*size, device="meta")}))
+    assert message == f"add_layer_norm: expected {name} on cpu, where input is, got meta"
+
+
+@pytest.mark.parametrize("name", ["residual", "gate", "scale", "shift"])
+def test_kind_and_dtype_of_a_term(backend: str, name: str) -> None:
+    """Everything is a floating-point tensor or None."""
+    size = (2, 3, 4) if name == "residual" else (4,)
+    message = _message(TypeError, _add(**{name: 1.0}))
+    assert message == f"add_layer_norm: expected {name} to be a Tensor or None, got float"
+    message = _message(TypeError, _add(**{name: _ones(*size, dtype=torch.int64)}))
+    assert message == f"add_layer_norm: expected {name} of dtype {FLOATS}, got int64"
+
+
+def test_dtype_of_the_stream(backend: str) -> None:
+    """The stream has a floating-point dtype."""
+    message = _message(TypeError, _add(residual_dtype=torch.int32))
+    expected = f"residual_dtype to be None, {FLOATS}"
+    assert message == f"add_layer_norm: expected {expected}, got torch.int32"
+
+
+@pytest.mark.parametrize("function", ["rms_norm", "add_rms_norm", "modulated_layer_norm"])
+def test_every_function_names_itself(backend: str, function: str) -> None:
+    """What is checked in one place is reported for the function that was called."""
+    more: dict[str, tuple[Any, ...]] = {"rms_norm": (), "add_rms_norm": (None,)}
+    before = more.get(function, ())
+    after = (None, None) if function == "modulated_layer_norm" else ()
+    call, x = getattr(fusednorm, function), _ones(2, 5)
+    message = _message(ValueError, lambda: call(x, *before, 4, *after))
+    assert message == f"{function}: expected input of shape (*, 4), got (2, 5)"
