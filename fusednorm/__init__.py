@@ -9,11 +9,15 @@ from fusednorm.functional import (
     modulated_layer_norm,
     rms_norm,
 )
-from fusednorm.modules import LayerNorm
+from fusednorm.modules import AdaLayerNorm, AddLayerNorm, AddRMSNorm, LayerNorm, RMSNorm
 from fusednorm.replace import replace_norms, restore_norms
 
 __all__ = [
+    "AdaLayerNorm",
+    "AddLayerNorm",
+    "AddRMSNorm",
     "LayerNorm",
+    "RMSNorm",
     "__version__",
     "add_layer_norm",
     "add_rms_norm",

@@ -1,8 +1,23 @@
-"""The `nn.Module` front ends: torch's own modules with another forward, and nothing else."""
+"""The `nn.Module` front ends: torch's own modules with another forward, and those around them."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+from numbers import Integral, Real
+from typing import Any
+
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fusednorm.functional import layer_norm
+from fusednorm.functional import (
+    _add_norm,
+    _default_eps,
+    layer_norm,
+    modulated_layer_norm,
+    rms_norm,
+)
+from fusednorm.validation import fail
 
 
 class LayerNorm(nn.LayerNorm):
@@ -52,3 +67,422 @@ class LayerNorm(nn.LayerNorm):
     def forward(self, input: Tensor) -> Tensor:
         """Normalise `input`, of shape `(*, *normalized_shape)`; the result has its shape."""
         return layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
+
+
+class RMSNorm(nn.RMSNorm):
+    r"""Division by the root mean square over the last dimensions, fused into one kernel.
+
+    A drop-in for `torch.nn.RMSNorm`: a subclass that overrides `forward` only, so that the
+    constructor, the parameters and their initial values, `repr`, `state_dict` and every
+    `isinstance(module, nn.RMSNorm)` in an optimizer's or a sharding policy's code are torch's. It
+    computes, as in `Root Mean Square Layer Normalization <https://arxiv.org/abs/1910.07467>`__
+    (Zhang and Sennrich, 2019),
+
+    .. math::
+        y = \frac{x}{\sqrt{\mathrm{E}[x^2] + \epsilon}} \cdot w
+
+    where the mean square is that of the last `len(normalized_shape)` dimensions, in training and
+    in evaluation alike.
+
+    Args:
+        normalized_shape (int or list or torch.Size): the sizes of the dimensions to normalise
+            over, the last ones of the input. An int stands for one dimension.
+        eps (float): added to the mean square. Zero is kept as zero; None stands for the machine
+            epsilon of the dtype computed in, which is float32, or float64 for float64 input.
+        elementwise_affine (bool): whether there is a weight, of ones at first.
+        device: where the weight is made.
+        dtype: the dtype of the weight.
+
+    Shape:
+        - x: `(*, *normalized_shape)`, with any number of leading dimensions, none included.
+        - weight: `normalized_shape`, or None.
+        - output: the shape of the input.
+
+    The input may be float16, bfloat16, float32 or float64, and the output has the dtype that
+    `nn.RMSNorm` gives it, under autocast too. See `fusednorm.functional.rms_norm` for the whole
+    contract.
+
+    Example:
+        >>> import torch
+        >>> norm = RMSNorm(8)
+        >>> norm
+        RMSNorm((8,), eps=None, elementwise_affine=True)
+        >>> norm(torch.randn(2, 3, 8)).shape
+        torch.Size([2, 3, 8])
+        >>> norm.load_state_dict(torch.nn.RMSNorm(8).state_dict())
+        <All keys matched successfully>
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise `x`, of shape `(*, *normalized_shape)`; the result has its shape."""
+        return rms_norm(x, self.normalized_shape, self.weight, self.eps)
+
+
+class _AddNorm(nn.Module):
+    """What `AddLayerNorm` and `AddRMSNorm` have beside their norm."""
+
+    normalized_shape: tuple[int, ...]
+    layer_scale: nn.Parameter | None
+
+    def _set_options(
+        self,
+        prenorm: bool,
+        dropout: float,
+        layer_scale: float | None,
+        residual_in_fp32: bool,
+        device: Any,
+        dtype: Any,
+    ) -> None:
+        """Take the keyword arguments, once the constructor of the norm is through."""
+        op = type(self).__name__
+        self.prenorm = _check_bool(op, "prenorm", prenorm)
+        self.dropout = _check_real(op, "dropout", dropout)
+        if not 0 <= self.dropout < 1:
+            fail(op, "dropout in [0, 1)", dropout)
+        self.residual_in_fp32 = _check_bool(op, "residual_in_fp32", residual_in_fp32)
+        self.layer_scale_init: float | None = None
+        if layer_scale is None:
+            self.register_parameter("layer_scale", None)
+            return
+        self.layer_scale_init = _check_real(op, "layer_scale", layer_scale, " or None")
+        self.layer_scale = nn.Parameter(
+            torch.empty(self.normalized_shape, device=device, dtype=dtype)
+        )
+        nn.init.constant_(self.layer_scale, self.layer_scale_init)
+
+    def reset_parameters(self) -> None:
+        """Give all parameters their initial values."""
+        super().reset_parameters()  # type: ignore[misc]
+        # The constructor of the norm calls this before there is a layer scale.
+        if getattr(self, "layer_scale", None) is not None:
+            nn.init.constant_(self.layer_scale, self.layer_scale_init)  # type: ignore[arg-type]
+
+    def extra_repr(self) -> str:
+        """Return the arguments of the norm, and those options that are on."""
+        shown = {
+            "prenorm": self.prenorm or None,
+            "dropout": self.dropout or None,
+            "layer_scale": self.layer_scale_init,
+            "residual_in_fp32": self.residual_in_fp32 or None,
+        }
+        options = [f"{name}={value}" for name, value in shown.items() if value is not None]
+        return ", ".join([super().extra_repr(), *options])
+
+    def _residual_dtype(self) -> torch.dtype | None:
+        return torch.float32 if self.residual_in_fp32 else None
+
+
+class AddLayerNorm(_AddNorm, LayerNorm):
+    r"""Add a branch to the residual stream and normalise the sum, in one kernel.
+
+    .. math::
+        h &= \text{residual} + \text{layer\_scale} \cdot \mathrm{dropout}(x) \\
+        y &= \frac{h - \mathrm{E}[h]}{\sqrt{\mathrm{Var}[h] + \epsilon}} \cdot w + b
+
+    A post-norm block (Vaswani et al., 2017, arXiv:1706.03762) goes on with y alone, which is what
+    the module returns. A pre-norm block (Xiong et al., 2020, arXiv:2002.04745) feeds y to its next
+    branch and carries h on: with `prenorm=True` the module returns both.
+
+    It is a `LayerNorm` in all else: the state dict is that of `nn.LayerNorm`, whose checkpoints
+    load strictly, plus `layer_scale` where there is one.
+
+    Args:
+        normalized_shape (int or list or torch.Size): the sizes of the dimensions to normalise
+            over, the last ones of the input. An int stands for one dimension.
+        eps (float): added to the variance. Zero is kept as zero.
+        elementwise_affine (bool): whether there is a weight, of ones at first.
+        bias (bool): whether there is a bias as well, of zeros at first.
+        device: where the parameters are made.
+        dtype: the dtype of the parameters.
+        prenorm (bool): whether h is returned as well.
+        dropout (float): the probability that an element of x is dropped in training, in [0, 1).
+            Evaluation drops none.
+        layer_scale (float): the initial value of a learnable factor for each feature of the branch
+            (LayerScale, Touvron et al., 2021, arXiv:2103.17239); None for no such factor. The
+            parameter has torchvision's name, `layer_scale`; timm's is `gamma`, which the
+            checkpoint loader of transformers takes for a norm's weight.
+        residual_in_fp32 (bool): whether h is float32 whatever the dtype of x; otherwise it has the
+            dtype of `residual + x`.
+
+    Shape:
+        - x: `(*, *normalized_shape)`, with any number of leading dimensions, none included.
+        - residual: the shape of x, or None, which starts a stream.
+        - weight, bias, layer_scale: `normalized_shape`, or None.
+        - output: y, of the shape and dtype of x; with `prenorm` the pair (y, h), both of its shape.
+
+    See `fusednorm.functional.add_layer_norm` for the whole contract.
+
+    Example:
+        >>> import torch
+        >>> norm = AddLayerNorm(8, prenorm=True, dropout=0.1)
+        >>> norm
+        AddLayerNorm((8,), eps=1e-05, elementwise_affine=True, bias=True, prenorm=True, dropout=0.1)
+        >>> x, residual = torch.randn(2, 2, 3, 8)
+        >>> y, residual = norm(x, residual)
+        >>> y.shape, residual.shape
+        (torch.Size([2, 3, 8]), torch.Size([2, 3, 8]))
+        >>> norm.load_state_dict(torch.nn.LayerNorm(8).state_dict())
+        <All keys matched successfully>
+    """
+
+    def __init__(
+        self,
+        normalized_shape: int | Sequence[int],
+        eps: float = 1e-5,
+        elementwise_affine: bool = True,
+        bias: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        prenorm: bool = False,
+        dropout: float = 0.0,
+        layer_scale: float | None = None,
+        residual_in_fp32: bool = False,
+    ) -> None:
+        super().__init__(normalized_shape, eps, elementwise_affine, bias, device, dtype)
+        self._set_options(prenorm, dropout, layer_scale, residual_in_fp32, device, dtype)
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, residual: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Return y, or (y, h) with `prenorm`, of `x` and `residual`."""
+        y, h = _add_norm(
+            "add_layer_norm",
+            x,
+            residual,
+            self.normalized_shape,
+            self.weight,
+            self.bias,
+            self.eps,
+            gate=self.layer_scale,
+            scale=None,
+            shift=None,
+            dropout_p=self.dropout,
+            training=self.training,
+            residual_dtype=self._residual_dtype(),
+            rms=False,
+            want_h=self.prenorm,
+        )
+        return (y, h) if self.prenorm else y
+
+
+class AddRMSNorm(_AddNorm, RMSNorm):
+    r"""Add a branch to the residual stream and divide by the root mean square, in one kernel.
+
+    .. math::
+        h &= \text{residual} + \text{layer\_scale} \cdot \mathrm{dropout}(x) \\
+        y &= \frac{h}{\sqrt{\mathrm{E}[h^2] + \epsilon}} \cdot w
+
+    `AddLayerNorm` with the norm of `RMSNorm`: the state dict is that of `nn.RMSNorm`, plus
+    `layer_scale` where there is one.
+
+    Args:
+        normalized_shape (int or list or torch.Size): the sizes of the dimensions to normalise
+            over, the last ones of the input. An int stands for one dimension.
+        eps (float): added to the mean square; None stands for the machine epsilon of the dtype
+            computed in.
+        elementwise_affine (bool): whether there is a weight, of ones at first.
+        device: where the parameters are made.
+        dtype: the dtype of the parameters.
+        prenorm (bool): whether h is returned as well.
+        dropout (float): the probability that an element of x is dropped in training, in [0, 1).
+        layer_scale (float): the initial value of a learnable factor for each feature of the branch,
+            or None for no such factor.
+        residual_in_fp32 (bool): whether h is float32 whatever the dtype of x.
+
+    Shape:
+        - x: `(*, *normalized_shape)`, with any number of leading dimensions, none included.
+        - residual: the shape of x, or None, which starts a stream.
+        - weight, layer_scale: `normalized_shape`, or None.
+        - output: y, of the shape and dtype of x; with `prenorm` the pair (y, h), both of its shape.
+
+    See `fusednorm.functional.add_rms_norm` for the whole contract.
+
+    Example:
+        >>> import torch
+        >>> norm = AddRMSNorm(8, eps=1e-6, layer_scale=1e-5)
+        >>> norm
+        AddRMSNorm((8,), eps=1e-06, elementwise_affine=True, layer_scale=1e-05)
+        >>> x, residual = torch.randn(2, 2, 3, 8)
+        >>> norm(x, residual).shape
+        torch.Size([2, 3, 8])
+        >>> list(norm.state_dict())
+        ['weight', 'layer_scale']
+    """
+
+    def __init__(
+        self,
+        normalized_shape: int | Sequence[int],
+        eps: float | None = None,
+        elementwise_affine: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        prenorm: bool = False,
+        dropout: float = 0.0,
+        layer_scale: float | None = None,
+        residual_in_fp32: bool = False,
+    ) -> None:
+        super().__init__(normalized_shape, eps, elementwise_affine, device, dtype)
+        self._set_options(prenorm, dropout, layer_scale, residual_in_fp32, device, dtype)
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, residual: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Return y, or (y, h) with `prenorm`, of `x` and `residual`."""
+        y, h = _add_norm(
+            "add_rms_norm",
+            x,
+            residual,
+            self.normalized_shape,
+            self.weight,
+            None,
+            _default_eps(x, residual) if self.eps is None else self.eps,
+            gate=self.layer_scale,
+            scale=None,
+            shift=None,
+            dropout_p=self.dropout,
+            training=self.training,
+            residual_dtype=self._residual_dtype(),
+            rms=True,
+            want_h=self.prenorm,
+        )
+        return (y, h) if self.prenorm else y
+
+
+class AdaLayerNorm(nn.Module):
+    r"""Layer normalisation that a condition scales and shifts (adaLN-Zero), in one kernel.
+
+    .. math::
+        \text{shift}, \text{scale}, \text{gate} &= \mathrm{Linear}(\mathrm{SiLU}(c)) \\
+        z &= \left(\frac{x - \mathrm{E}[x]}{\sqrt{\mathrm{Var}[x] + \epsilon}} \cdot w + b\right)
+        \cdot (1 + \text{scale}) + \text{shift}
+
+    The method is that of `Scalable Diffusion Models with Transformers
+    <https://arxiv.org/abs/2212.09748>`__ (Peebles and Xie, 2022). The linear layer starts as zero:
+    z is the plain norm at first, and the gate, by which the caller multiplies the branch that z
+    goes into, shuts the branch, so that every block starts as the identity:
+
+    .. code-block:: python
+
+        z, gate = norm(x, condition)
+        x = x + gate * branch(z)
+
+    The gate also is a `gate` of `fusednorm.functional.add_layer_norm`.
+
+    Args:
+        normalized_shape (int): N, the size of the last dimension, which is normalised.
+        cond_features (int): C, the size of the condition.
+        eps (float): added to the variance. DiT has 1e-6.
+        elementwise_affine (bool): whether there is a weight, of ones at first. DiT has none.
+        bias (bool): whether there then is a bias as well, of zeros at first.
+        gate (bool): whether there is a gate.
+        device: where the parameters are made.
+        dtype: the dtype of the parameters.
+
+    Shape:
+        - x: `(B, *, N)`.
+        - condition: `(B, C)`, or `(1, C)` for all samples.
+        - output: z, of the shape and dtype of x, and gate, `(B, 1, .., N)`; without `gate` z alone.
+
+    Attributes:
+        linear: the `nn.Linear` from C to 3 N features, the shift first, then scale and gate as in
+            DiT; to 2 N without a gate.
+        weight, bias: as in `LayerNorm`; None unless `elementwise_affine`.
+
+    Example:
+        >>> import torch
+        >>> norm = AdaLayerNorm(8, 4)
+        >>> x, condition = torch.randn(2, 3, 8), torch.randn(2, 4)
+        >>> z, gate = norm(x, condition)
+        >>> torch.equal(z, LayerNorm(8)(x)), gate.shape, gate.any().item()
+        (True, torch.Size([2, 1, 8]), False)
+    """
+
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        normalized_shape: int,
+        cond_features: int,
+        eps: float = 1e-5,
+        elementwise_affine: bool = False,
+        bias: bool = True,
+        gate: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        op = type(self).__name__
+        size = _check_int(op, "normalized_shape", normalized_shape)
+        self.normalized_shape = (size,)
+        self.cond_features = _check_int(op, "cond_features", cond_features)
+        self.eps = eps
+        self.elementwise_affine = elementwise_affine
+        self.gate = _check_bool(op, "gate", gate)
+        for name, wanted in (("weight", True), ("bias", bias)):
+            parameter = None
+            if elementwise_affine and wanted:
+                parameter = nn.Parameter(torch.empty(size, device=device, dtype=dtype))
+            self.register_parameter(name, parameter)
+        terms = 3 if gate else 2
+        self.linear = nn.Linear(self.cond_features, terms * size, device=device, dtype=dtype)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Give all parameters their initial values: zero, and one for the weight."""
+        for parameter in self.parameters():
+            nn.init.zeros_(parameter)
+        if self.weight is not None:
+            nn.init.ones_(self.weight)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """Return (z, gate), or z without `gate`, of `x` and its `condition`."""
+        self._check(x, condition)
+        terms = self.linear(F.silu(condition))
+        terms = terms.reshape(terms.shape[0], *(1,) * (x.dim() - 2), terms.shape[1])
+        # Views: copying a term would cost more than reading its strided rows.
+        shift, scale, *gate = terms.chunk(3 if self.gate else 2, -1)
+        z = modulated_layer_norm(
+            x, self.normalized_shape, shift, scale, self.weight, self.bias, self.eps
+        )
+        return (z, *gate) if gate else z
+
+    def _check(self, x: Tensor, condition: Tensor) -> None:
+        """Check what `modulated_layer_norm` could name only by the terms made from it."""
+        op = type(self).__name__
+        for name, value in (("x", x), ("condition", condition)):
+            if not isinstance(value, Tensor):
+                fail(op, f"{name} to be a Tensor", type(value).__name__, TypeError)
+        if x.dim() < 2 or x.shape[-1:] != self.normalized_shape:
+            fail(op, f"x of shape (B, *, {self.normalized_shape[0]})", tuple(x.shape))
+        samples, features = x.shape[0], self.cond_features
+        if condition.shape not in ((samples, features), (1, features)):
+            fail(op, f"condition of shape ({samples}, {features})", tuple(condition.shape))
+
+    def extra_repr(self) -> str:
+        """Return the arguments of the constructor."""
+        return (
+            f"{self.normalized_shape[0]}, {self.cond_features}, eps={self.eps}, "
+            f"elementwise_affine={self.elementwise_affine}, bias={self.bias is not None}, "
+            f"gate={self.gate}"
+        )
+
+
+def _check_bool(op: str, name: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        fail(op, f"{name} to be a bool", type(value).__name__, TypeError)
+    return value
+
+
+def _check_int(op: str, name: str, value: object) -> int:
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        fail(op, f"{name} to be an int", repr(value), TypeError)
+    return int(value)
+
+
+def _check_real(op: str, name: str, value: object, alternative: str = "") -> float:
+    if not isinstance(value, Real) or isinstance(value, bool):
+        fail(op, f"{name} to be a float{alternative}", type(value).__name__, TypeError)
+    return float(value)

@@ -530,7 +530,7 @@ def assert_same_arithmetic(y: torch.Tensor, expected: torch.Tensor) -> None:
     """Equal up to the order of float32 operations, which seldom decides a rounding to half."""
     assert y.dtype == expected.dtype
     info = torch.finfo(y.dtype)
-    ulps = 4 if y.dtype == torch.float32 else 1
+    ulps = 4 if y.dtype == torch.float32 else 2  # one of x_hat and one of y
     torch.testing.assert_close(y, expected, rtol=ulps * info.eps, atol=info.tiny)
     if y.dtype in (torch.float16, torch.bfloat16):
         assert (y != expected).double().mean() < 0.02
@@ -640,12 +640,14 @@ def test_the_probe_leaves_no_trace():
     norm.weight.data.fill_(3.0)
     norm.calls = 0
     held, version = contents(norm), norm.weight._version
+    filters = list(warnings.filters)
     with torch.random.fork_rng(devices=[]):
         expected = torch.rand(())
     replace_norms(norm, exclude="*")
     assert torch.rand(()) == expected
     assert (log, contents(norm), norm.weight._version) == ([], held, version)
     assert (norm.weight == 3).all()
+    assert warnings.filters == filters
 
 
 class CountingRMSNorm(LlamaRMSNorm):
@@ -707,10 +709,10 @@ def test_the_probe_works_under_any_mode_and_in_silence(cls, around):
         assert replace_norms(cls()).swapped == ("",)
 
 
-@pytest.mark.parametrize("size", [1, 2, 256, 4096])
+@pytest.mark.parametrize("size", [1, 2, 256, 8192])
 @pytest.mark.parametrize(("cls", "arithmetic"), OWN_NORMS.items())
 def test_the_probe_finds_the_arithmetic_of_any_size(cls, arithmetic, size):
-    norm = cls(size, 0.0 if size == 1 else 1e-6)  # every x_hat is 1 or -1, or hardly any
+    norm = cls(size, 0.0 if size == 1 else 0.01)  # of a single column x_hat is 1 or -1
     replace_norms(norm)
     assert isinstance(norm, arithmetic)
 
