@@ -1,10 +1,13 @@
 # Everything runs in a virtual environment of the project's own, made on first use.
+# The compiled extension is built where there is a C++ compiler; FUSEDNORM_BUILD=none leaves it out.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
+FUSEDNORM_BUILD ?= auto
+SOURCES := $(wildcard csrc/*.cpp csrc/cpu/*)
 
-.PHONY: train test lint codegen mutants clean
+.PHONY: train test lint bench codegen mutants clean
 
 train: $(VENV)/ready
 	$(BIN)/python examples/train_gpt.py $(ARGS)
@@ -16,16 +19,21 @@ test: $(VENV)/ready
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/cpu/*
 	$(BIN)/mypy -p fusednorm
+
+# Two minutes of the benchmark: table, plots and page in bench/results. ARGS="--help" for more.
+bench: $(VENV)/ready
+	$(BIN)/python -m bench $(ARGS)
 
 # Breaks each kernel in turn and shows what notices.
 mutants: $(VENV)/ready
 	OMP_NUM_THREADS=1 $(BIN)/python tests/mutants.py
 
-$(VENV)/ready: requirements-dev.txt pyproject.toml setup.py
+$(VENV)/ready: requirements-dev.txt pyproject.toml setup.py $(SOURCES)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet -r requirements-dev.txt
-	$(BIN)/pip install --quiet --no-build-isolation --no-deps -e .
+	FUSEDNORM_BUILD=$(FUSEDNORM_BUILD) $(BIN)/pip install --quiet --no-build-isolation --no-deps -e .
 	touch $@
 
 # The code-generation tests under another Triton: make codegen TRITON=3.6.0
@@ -39,7 +47,7 @@ $(CODEGEN_VENV)/ready: requirements-dev.txt pyproject.toml setup.py
 	$(PYTHON) -m venv $(CODEGEN_VENV)
 	grep -v '^triton==' requirements-dev.txt | sed 's/^numpy==.*/numpy<2.4/' > $(CODEGEN_VENV)/requirements.txt
 	$(CODEGEN_VENV)/bin/pip install --quiet -r $(CODEGEN_VENV)/requirements.txt triton==$(TRITON)
-	$(CODEGEN_VENV)/bin/pip install --quiet --no-build-isolation --no-deps -e .
+	FUSEDNORM_BUILD=none $(CODEGEN_VENV)/bin/pip install --quiet --no-build-isolation --no-deps -e .
 	touch $@
 
 clean:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import platform
 import sys
@@ -23,16 +24,18 @@ def main() -> int:
     print(f"python    {platform.python_version()}")
     print(f"torch     {torch.__version__}")
     print(f"triton    {_version('triton')}")
+    print(f"extension {_extension()}")
     print(f"backends  {', '.join(backends.available())}")
     failed = False
     for device in _devices():
         try:
-            choice = str(backends.explain(torch.empty(0, device=device)))
+            choice = backends.explain(torch.empty(0, device=device))
         except ValueError as error:
-            choice = f"none: {error}"
+            print(f"{_name(device)}\n  runs      none: {error}")
             failed = True
+            continue
         print(f"{_name(device)}\n  runs      {choice}")
-        if not choice.startswith("none"):
+        with backends.use(choice.backend):
             failed |= not _self_check(device)
     if not torch.cuda.is_available():
         print("cuda\n  runs      torch: no cuda device is available to torch")
@@ -44,6 +47,13 @@ def _version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
+
+
+def _extension() -> str:
+    """Return which build of the compiled CPU kernels is in use, or why there is none."""
+    if (missing := backends.extension_missing()) is not None:
+        return missing
+    return f"cpu kernels for {importlib.import_module('fusednorm._C').level()}"
 
 
 def _devices() -> list[torch.device]:

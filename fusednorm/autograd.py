@@ -62,7 +62,9 @@ def _save(
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, dz: Tensor | None, dh: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward(
+    ctx: Any, dz: Tensor | None, dh: Tensor | None, kernels: ops.Kernels | None
+) -> tuple[Tensor | None, ...]:
     """Return the gradients of x, residual, gate, weight, bias, scale and shift."""
     x, h, mean, rstd, *rest = ctx.saved_tensors
     parameters: _Parameters = tuple(rest)
@@ -82,7 +84,7 @@ def _backward(ctx: Any, dz: Tensor | None, dh: Tensor | None) -> tuple[Tensor | 
     shared = unscaled and mask[1] and dtypes[0] == dtypes[1]
     if shared:
         mask = (True, False, *mask[2:])
-    grads = _gradients(dz, dh, x, h, mean, rstd, parameters, spec, dtypes, mask)
+    grads = _gradients(dz, dh, x, h, mean, rstd, parameters, spec, dtypes, mask, kernels)
     if shared:
         grads = (grads[0] if ctx.output_mask[0] else None, grads[0], *grads[2:])
     return grads
@@ -99,6 +101,7 @@ def _gradients(
     spec: Spec,
     dtypes: tuple[torch.dtype, torch.dtype],
     mask: Any,
+    kernels: ops.Kernels | None,
 ) -> tuple[Tensor | None, ...]:
     # is_grads_batched=True still batches dz through the vmap that preceded torch.func.
     if transforms_active() or any(
@@ -107,8 +110,8 @@ def _gradients(
         return reference.layer_norm_bwd(dz, dh, x, h, *parameters, spec, *dtypes, mask)
     shape, eps, rms, dropout_p, _, _, x_hat_dtype = spec
     tensors = (dz, dh, x, h, mean, rstd, *parameters)
-    if not torch.is_grad_enabled() and plain(dz, dh, h):
-        return ops.kernels_bwd(*tensors, shape, dropout_p, *dtypes, x_hat_dtype, mask)
+    if kernels is not None and not torch.is_grad_enabled() and plain(dz, dh, h):
+        return kernels.backward(*tensors, shape, dropout_p, *dtypes, x_hat_dtype, mask)
     grads = ops.layer_norm_bwd(*tensors, shape, eps, rms, dropout_p, *dtypes, x_hat_dtype, mask)
     return tuple(grad if wanted else None for grad, wanted in zip(grads, mask, strict=True))
 
@@ -117,16 +120,17 @@ class LayerNormFunction(torch.autograd.Function):
     """Layer norm of plain tensors through the kernels, with their fused backward."""
 
     @staticmethod
-    def forward(ctx: Any, spec: Spec, *tensors: Tensor | None) -> Any:
+    def forward(ctx: Any, spec: Spec, kernels: ops.Kernels, *tensors: Tensor | None) -> Any:
         """Run the forward kernel; return z, and h where it is not x."""
-        z, *outputs = ops.kernels_fwd(*tensors, *spec, save_stats=True, store_h=True)
-        _save(ctx, tensors, spec, tuple(outputs), ctx.needs_input_grad[1 : 1 + _DIFFERENTIABLE])
+        ctx.kernels = kernels
+        z, *outputs = kernels.forward(*tensors, *spec, True, True)
+        _save(ctx, tensors, spec, tuple(outputs), ctx.needs_input_grad[2 : 2 + _DIFFERENTIABLE])
         return z if spec.h_dtype is None else (z, outputs[0])
 
     @staticmethod
     def backward(ctx: Any, dz: Tensor | None, dh: Tensor | None = None) -> Any:
         """Run the backward kernels."""
-        return None, *_backward(ctx, dz, dh), None
+        return None, None, *_backward(ctx, dz, dh, ctx.kernels), None
 
 
 def _fwd_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -139,7 +143,8 @@ def _fwd_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 
 def _fwd_backward(ctx: Any, dz: Tensor | None, dh: Tensor | None, *_: Tensor | None) -> Any:
-    return *_backward(ctx, dz, None if ctx.spec.h_dtype is None else dh), *(None,) * 8
+    dh = None if ctx.spec.h_dtype is None else dh
+    return *_backward(ctx, dz, dh, None), *(None,) * 8
 
 
 _ACTIVE = (0, 1, 2, 3, 6, 7, 8, 9)
@@ -174,7 +179,8 @@ def _bwd_backward(ctx: Any, *cotangents: Tensor | None) -> Any:
         arguments = dict(enumerate(saved)) | dict(zip(active, primals, strict=True))
         dz, dh, x, h, _, _, *rest = arguments.values()
         parameters: _Parameters = tuple(rest)
-        grads = reference.layer_norm_bwd(dz, dh, x, h, *parameters, ctx.spec, *ctx.dtypes, mask)
+        dtypes: tuple[torch.dtype, torch.dtype] = ctx.dtypes
+        grads = reference.layer_norm_bwd(dz, dh, x, h, *parameters, ctx.spec, *dtypes, mask)
         return tuple(grad for grad in grads if grad is not None)
 
     _, pullback = torch.func.vjp(  # type: ignore[misc]  # has_aux=False
@@ -205,12 +211,14 @@ def layer_norm(*tensors: Tensor | None, spec: Spec, want_h: bool) -> tuple[Tenso
     Returns:
         z and h; h is None where it is neither wanted nor needed by a backward, or is x.
     """
-    if not plain(*tensors):
+    x = tensors[0]
+    kernels = None if x is None or not plain(*tensors) else ops.kernels(x.device)
+    if kernels is None:
         z, h, _, _ = ops.layer_norm_fwd(*tensors, *spec)
         return z, None if spec.h_dtype is None else h
     if torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in tensors
     ):
-        result = LayerNormFunction.apply(spec, *tensors)  # type: ignore[no-untyped-call]
+        result = LayerNormFunction.apply(spec, kernels, *tensors)  # type: ignore[no-untyped-call]
         return result if isinstance(result, tuple) else (result, None)
-    return ops.kernels_fwd(*tensors, *spec, save_stats=False, store_h=want_h)[:2]
+    return kernels.forward(*tensors, *spec, False, want_h)[:2]

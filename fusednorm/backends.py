@@ -2,15 +2,16 @@
 
 Example:
     >>> import torch, fusednorm
-    >>> str(fusednorm.backends.explain(torch.empty(2, 8)))
-    'torch: cpu tensors run in torch'
     >>> with fusednorm.backends.use("torch"):
     ...     y = fusednorm.layer_norm(torch.randn(2, 8), 8)
+    ...     str(fusednorm.backends.explain(y))
+    'torch: requested by backends.use'
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.util
 import os
 from collections.abc import Iterator
@@ -23,14 +24,14 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fusednorm.validation import fail
 
-NAMES = ("triton", "torch")
+NAMES = ("triton", "cpu", "torch")
 _VARIABLE = "FUSEDNORM_BACKEND"
 _MIN_CAPABILITY = (8, 0)
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The implementation for a tensor, ``triton`` or ``torch``, and why it is that one."""
+    """The implementation for a tensor, one of `NAMES`, and why it is that one."""
 
     backend: str
     reason: str
@@ -66,6 +67,23 @@ def _triton_missing() -> str | None:
 
 
 @cache
+def extension_missing() -> str | None:
+    """Return why the compiled extension cannot be loaded, or None once it is."""
+    name = "fusednorm._C"
+    try:
+        found = importlib.util.find_spec(name)
+    except ValueError:  # something else stands in its place
+        found = None
+    if found is None:
+        return "the compiled extension was not built (FUSEDNORM_BUILD=cpu)"
+    try:
+        importlib.import_module(name)
+    except ImportError as error:
+        return f"the compiled extension does not load: {error}"
+    return None
+
+
+@cache
 def _interpreted() -> bool:
     """Return whether Triton runs its kernels in the interpreter, on CPU tensors."""
     import triton
@@ -92,9 +110,20 @@ def _triton_unfit(device: torch.device) -> str | None:
     return f"the kernels are built for cuda devices, not {device.type}"
 
 
+def _cpu_unfit(device: torch.device) -> str | None:
+    """Return why the compiled kernels cannot run on `device`, or None where they can."""
+    if device.type != "cpu":
+        return f"the kernels are built for cpu tensors, not {device.type}"
+    return extension_missing()
+
+
 def _unfit(backend: str, device: torch.device) -> str | None:
     """Return why `backend` cannot run on `device`, or None where it can."""
-    return None if backend == "torch" else _triton_unfit(device)
+    if backend == "torch":
+        return None
+    if backend == "triton":
+        return _triton_unfit(device)
+    return _cpu_unfit(device)
 
 
 # torch.compile calls this while it traces and keeps the answer. The decorator that says so,
@@ -107,6 +136,15 @@ def serves(backend: str, device: torch.device) -> bool:
     return _unfit(backend, device) is None
 
 
+def kernels(device: torch.device) -> str | None:
+    """Return the name of the kernels that run on `device`: those requested, if they serve it."""
+    if _requested == "triton" and serves("triton", device):
+        return "triton"
+    if device.type == "cpu" and serves("cpu", device):
+        return "cpu"
+    return "triton" if serves("triton", device) else None
+
+
 def _is_wrapper(tensor: Tensor) -> bool:
     """Return whether `tensor` is a subclass around other tensors, like DTensor."""
     return type(tensor) is not Tensor and is_traceable_wrapper_subclass(tensor)
@@ -115,7 +153,7 @@ def _is_wrapper(tensor: Tensor) -> bool:
 def _automatic(tensor: Tensor) -> Choice:
     device = tensor.device
     if device.type == "cpu":
-        return Choice("torch", "cpu tensors run in torch")
+        return Choice("torch", "cpu tensors run in torch unless the cpu backend is requested")
     if (unfit := _unfit("triton", device)) is not None:
         return Choice("torch", unfit)
     if _is_wrapper(tensor):
@@ -125,7 +163,8 @@ def _automatic(tensor: Tensor) -> Choice:
 
 def available() -> tuple[str, ...]:
     """Return the names of the implementations that are installed, the preferred one first."""
-    return NAMES if _triton_missing() is None else ("torch",)
+    missing = {"triton": _triton_missing(), "cpu": extension_missing()}
+    return tuple(name for name in NAMES if missing.get(name) is None)
 
 
 def explain(tensor: Tensor) -> Choice:
@@ -138,7 +177,7 @@ def explain(tensor: Tensor) -> Choice:
         ValueError: A backend was requested that cannot serve the tensor.
 
     Example:
-        >>> explain(torch.empty(2, 8)).backend
+        >>> explain(torch.empty(2, 8, device="meta")).backend
         'torch'
     """
     if not isinstance(tensor, Tensor):
@@ -171,7 +210,7 @@ def use(backend: str) -> Iterator[None]:
     Backward follows the forward it belongs to, wherever it runs.
 
     Args:
-        backend: ``"triton"`` or ``"torch"``.
+        backend: ``"triton"``, ``"cpu"`` or ``"torch"``.
 
     Raises:
         ValueError: There is no such backend, or it is not installed.
@@ -183,8 +222,9 @@ def use(backend: str) -> Iterator[None]:
     """
     global _requested, _requested_by
     _check_name("backends.use", backend)
-    if backend == "triton" and (missing := _triton_missing()) is not None:
-        fail("backends.use", "an installed backend", f"'triton': {missing}")
+    checks = {"triton": _triton_missing, "cpu": extension_missing}
+    if backend in checks and (missing := checks[backend]()) is not None:
+        fail("backends.use", "an installed backend", f"{backend!r}: {missing}")
     previous = _requested, _requested_by
     _requested, _requested_by = backend, "backends.use"
     try:

@@ -370,7 +370,7 @@ def _run(
             return _torch_norm(x, residual, gate, *parameters, spec)
         return reference.layer_norm(x, residual, gate, *parameters, None, spec)[:2]
     if input.is_nested:
-        fail(op, "a tensor of one shape for the triton backend", "a nested tensor")
+        fail(op, f"a tensor of one shape for the {backend} backend", "a nested tensor")
     seed = None
     if spec.dropout_p > 0.0:
         # On the device and from its generator: no synchronisation, and a graph draws anew.

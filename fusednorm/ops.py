@@ -1,12 +1,15 @@
 """What the dispatcher sees: the operator schemas, their fakes and their implementations.
 
 An operator runs the kernels on every device that they serve and the reference on the others; a
-request for torch never gets as far as an operator.
+request for torch never gets as far as an operator. `kernels` is the one place that knows which
+kernels those are.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,22 +32,77 @@ _library.define(
     "bool[7] output_mask) -> (Tensor dx, Tensor dresidual, Tensor dgate, Tensor dweight, "
     "Tensor dbias, Tensor dscale, Tensor dshift)"
 )
+# What the compiled extension implements, behind `kernels`: no autograd, no fakes, and undefined
+# tensors for what is not there. The stable ABI has neither SymInt[] nor bool[7].
+_library.define(
+    "cpu_layer_norm_fwd(Tensor x, Tensor? residual, Tensor? gate, Tensor? weight, Tensor? bias, "
+    "Tensor? scale, Tensor? shift, Tensor? seed, int rows, int cols, float eps, bool rms, "
+    "float dropout_p, ScalarType out_dtype, ScalarType? h_dtype, ScalarType? x_hat_dtype, "
+    "bool save_stats, bool store_h) -> (Tensor z, Tensor h, Tensor mean, Tensor rstd)"
+)
+_library.define(
+    "cpu_layer_norm_bwd(Tensor? dz, Tensor? dh, Tensor? x, Tensor h, Tensor? mean, Tensor rstd, "
+    "Tensor? gate, Tensor? weight, Tensor? bias, Tensor? scale, Tensor? shift, Tensor? seed, "
+    "int rows, int cols, float dropout_p, ScalarType x_dtype, ScalarType residual_dtype, "
+    "ScalarType? x_hat_dtype, bool want_dx, bool want_dresidual, bool want_dgate, "
+    "bool want_dweight, bool want_dbias, bool want_dscale, bool want_dshift) -> (Tensor dx, "
+    "Tensor dresidual, Tensor dgate, Tensor dweight, Tensor dbias, Tensor dscale, Tensor dshift)"
+)
+_cpu_layer_norm_fwd: Any = torch.ops.fusednorm.cpu_layer_norm_fwd.default
+_cpu_layer_norm_bwd: Any = torch.ops.fusednorm.cpu_layer_norm_bwd.default
 
 
-def kernels_fwd(
-    *args: Any, save_stats: bool, store_h: bool
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Call the launcher of the forward kernel, which imports Triton."""
+Outputs = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
+"""z, h, mean and rstd."""
+
+
+class Kernels(NamedTuple):
+    """The launchers of one implementation; those of Triton's forward and backward define them."""
+
+    forward: Callable[..., Outputs]
+    backward: Callable[..., Gradients]
+
+
+def _triton_fwd(*args: Any) -> Outputs:
     from fusednorm.triton_kernels.forward import layer_norm_fwd
 
-    return layer_norm_fwd(*args, save_stats, store_h)  # type: ignore[no-any-return]
+    return layer_norm_fwd(*args)  # type: ignore[no-any-return]
 
 
-def kernels_bwd(*args: Any) -> Gradients:
-    """Call the launcher of the backward kernels, which imports Triton."""
+def _triton_bwd(*args: Any) -> Gradients:
     from fusednorm.triton_kernels.backward import layer_norm_bwd
 
     return layer_norm_bwd(*args)  # type: ignore[no-any-return]
+
+
+def _cpu_fwd(x: Tensor, *args: Any) -> Outputs:
+    *tensors, shape, eps, rms, dropout_p, out_dtype, h_dtype, x_hat_dtype, save_stats, store_h = (
+        args
+    )
+    sizes = math.prod(x.shape[: x.dim() - len(shape)]), math.prod(shape)
+    dtypes = out_dtype, h_dtype, x_hat_dtype
+    return _cpu_layer_norm_fwd(  # type: ignore[no-any-return]
+        x, *tensors, *sizes, eps, rms, dropout_p, *dtypes, save_stats, store_h
+    )
+
+
+def _cpu_bwd(*args: Any) -> Gradients:
+    *tensors, shape, dropout_p, x_dtype, residual_dtype, x_hat_dtype, output_mask = args
+    h = tensors[3]
+    sizes = math.prod(h.shape[: h.dim() - len(shape)]), math.prod(shape)
+    dtypes = x_dtype, residual_dtype, x_hat_dtype
+    return _cpu_layer_norm_bwd(  # type: ignore[no-any-return]
+        *tensors, *sizes, dropout_p, *dtypes, *output_mask
+    )
+
+
+_KERNELS = {"triton": Kernels(_triton_fwd, _triton_bwd), "cpu": Kernels(_cpu_fwd, _cpu_bwd)}
+
+
+def kernels(device: torch.device) -> Kernels | None:
+    """Return the kernels that run on `device`, or None where the reference has to."""
+    backend = backends.kernels(device)
+    return None if backend is None else _KERNELS[backend]
 
 
 def _layer_norm_fwd(
@@ -66,8 +124,8 @@ def _layer_norm_fwd(
 ) -> tuple[Tensor, ...]:
     tensors = (x, residual, gate, weight, bias, scale, shift, seed)
     spec = Spec(tuple(normalized_shape), eps, rms, dropout_p, out_dtype, h_dtype, x_hat_dtype)
-    if backends.serves("triton", x.device):
-        return _fill(kernels_fwd(*tensors, *spec, save_stats=True, store_h=True), x)
+    if (found := kernels(x.device)) is not None:
+        return _fill(found.forward(*tensors, *spec, True, True), x)
     z, h, mean, rstd = reference.layer_norm(*tensors, spec)
     stored = None if h_dtype is None else h.contiguous()
     return _fill((z.contiguous(), stored, mean, rstd), x)
@@ -98,23 +156,10 @@ def _layer_norm_bwd(
     shape = tuple(normalized_shape)
     parameters = (gate, weight, bias, scale, shift, seed)
     dtypes = (x_dtype, residual_dtype)
-    if backends.serves("triton", h.device):
+    if (found := kernels(h.device)) is not None:
+        tensors = (dz, dh, x, h, mean, rstd, *parameters)
         return _fill(
-            kernels_bwd(
-                dz,
-                dh,
-                x,
-                h,
-                mean,
-                rstd,
-                *parameters,
-                shape,
-                dropout_p,
-                *dtypes,
-                x_hat_dtype,
-                output_mask,
-            ),
-            h,
+            found.backward(*tensors, shape, dropout_p, *dtypes, x_hat_dtype, output_mask), h
         )
     spec = Spec(shape, eps, rms, dropout_p, x_dtype, h.dtype, x_hat_dtype)
     return _fill(reference.layer_norm_bwd(dz, dh, x, h, *parameters, spec, *dtypes, output_mask), h)

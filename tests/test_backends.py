@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -23,19 +25,25 @@ from fusednorm import backends
 from fusednorm.backends import Choice
 from fusednorm.triton_kernels import launch
 
-CPU_RUNS_IN_TORCH = Choice("torch", "cpu tensors run in torch")
 REQUESTED = "requested by backends.use"
-TRITON_CACHES = (backends._triton_missing, backends._interpreted, backends._triton_unfit)
+NOT_BUILT = "the compiled extension was not built (FUSEDNORM_BUILD=cpu)"
+INSTALLED = backends.available()
+ON_CPU = Choice("torch", "cpu tensors run in torch unless the cpu backend is requested")
+CACHES = (
+    *(backends._triton_missing, backends._interpreted, backends._triton_unfit),
+    backends.extension_missing,
+)
+needs_extension = pytest.mark.skipif("cpu" not in INSTALLED, reason=NOT_BUILT)
 
 
 @pytest.fixture
 def detection(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     """Detect anew what is installed, and forget it afterwards; the value is a monkeypatch."""
-    for cached in TRITON_CACHES:
+    for cached in CACHES:
         cached.cache_clear()
     yield monkeypatch
     monkeypatch.undo()
-    for cached in TRITON_CACHES:
+    for cached in CACHES:
         cached.cache_clear()
 
 
@@ -61,12 +69,35 @@ def _python(code: str, **environment: str) -> list[str]:
 # What is chosen, and why
 
 
-def test_auto_on_the_cpu_is_torch() -> None:
-    """Also where the interpreter would run the kernels: it is for tests, and slow."""
+def test_auto_on_the_cpu() -> None:
+    """Torch: the interpreter is for tests, and slow."""
     x = torch.empty(2, 8)
-    assert backends.explain(x) == CPU_RUNS_IN_TORCH
-    assert str(backends.explain(x)) == "torch: cpu tensors run in torch"
+    assert backends.explain(x) == ON_CPU
+    assert str(backends.explain(x)) == f"{ON_CPU.backend}: {ON_CPU.reason}"
+    assert backends.select(x) == ON_CPU.backend
+
+
+def _without_extension(detection: pytest.MonkeyPatch) -> None:
+    """Let the extension look as if it had not been built."""
+    find_spec = importlib.util.find_spec
+    detection.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name, *args: None if name == "fusednorm._C" else find_spec(name, *args),
+    )
+
+
+def test_auto_on_the_cpu_without_the_extension(detection: pytest.MonkeyPatch) -> None:
+    """Torch's operator runs all the same, and a request says what is missing."""
+    _without_extension(detection)
+    x = torch.randn(2, 8)
+    assert backends.explain(x) == ON_CPU
     assert backends.select(x) == "torch"
+    assert "cpu" not in backends.available()
+    assert torch.equal(fusednorm.layer_norm(x, 8), torch.nn.functional.layer_norm(x, (8,)))
+    expected = f"got 'cpu': {re.escape(NOT_BUILT)}$"
+    with pytest.raises(ValueError, match=expected), backends.use("cpu"):
+        pytest.fail("entered")
 
 
 def test_auto_on_an_unknown_device_is_torch() -> None:
@@ -99,8 +130,13 @@ def test_auto_on_cuda(
 
 
 def test_triton_is_available_here() -> None:
-    """The preferred implementation comes first."""
-    assert backends.available() == ("triton", "torch") == backends.NAMES
+    """The preferred implementation comes first, and torch is always there."""
+    assert backends.NAMES == ("triton", "cpu", "torch")
+    assert set(backends.NAMES) - set(INSTALLED) <= {"cpu"}
+
+
+def _without_triton() -> tuple[str, ...]:
+    return tuple(name for name in INSTALLED if name != "triton")
 
 
 def _pretend(detection: pytest.MonkeyPatch, module: ModuleType | None) -> None:
@@ -115,7 +151,7 @@ def test_triton_that_is_too_old(detection: pytest.MonkeyPatch) -> None:
     old = ModuleType("triton")
     old.__version__ = "3.5.1"  # type: ignore[attr-defined]
     _pretend(detection, old)
-    assert backends.available() == ("torch",)
+    assert backends.available() == _without_triton()
     reason = "triton 3.5.1 is older than 3.6"
     assert backends.explain(_cuda_tensor()) == Choice("torch", reason)
     with pytest.raises(ValueError, match=f"got 'triton': {reason}$"), backends.use("triton"):
@@ -128,7 +164,7 @@ def test_triton_that_is_new_enough(detection: pytest.MonkeyPatch, version: str) 
     new = ModuleType("triton")
     new.__version__ = version  # type: ignore[attr-defined]
     _pretend(detection, new)
-    assert backends.available() == ("triton", "torch")
+    assert backends.available() == INSTALLED
 
 
 def test_triton_that_does_not_import(detection: pytest.MonkeyPatch) -> None:
@@ -146,18 +182,14 @@ def test_triton_that_does_not_import(detection: pytest.MonkeyPatch) -> None:
 
     detection.delitem(sys.modules, "triton")
     detection.setattr(sys, "meta_path", [_Broken(), *sys.meta_path])
-    assert backends.available() == ("torch",)
+    assert backends.available() == _without_triton()
     reason = "triton does not import: libtriton.so is missing"
     assert backends.explain(_cuda_tensor()) == Choice("torch", reason)
 
 
-def test_without_triton() -> None:
-    """The package needs torch alone: it imports, computes, differentiates and explains."""
-    code = """
-import sys
-sys.modules["triton"] = None
+ALONE = """
 import torch, fusednorm
-from fusednorm import backends
+from fusednorm import backends, ops
 x = torch.randn(3, 8, requires_grad=True)
 norm = fusednorm.LayerNorm(8)
 norm(x).square().sum().backward()
@@ -167,25 +199,58 @@ torch.testing.assert_close(fusednorm.layer_norm(x, 8), expected)
 print(backends.available())
 print(backends.explain(x))
 print(backends.explain(x.to("meta")))
-try:
-    with backends.use("triton"):
-        pass
-except ValueError as error:
-    print(error)
+for name in ("triton", "cpu"):
+    try:
+        with backends.use(name):
+            pass
+    except ValueError as error:
+        print(error)
 """
-    missing = "triton is not installed (pip install 'fusednorm[triton]')"
+
+
+def test_torch_alone() -> None:
+    """The package needs nothing else: it imports, computes, differentiates and explains."""
+    code = "import sys\nsys.modules['triton'] = sys.modules['fusednorm._C'] = None\n" + ALONE
+    triton = "triton is not installed (pip install 'fusednorm[triton]')"
+    installed = "backends.use: expected an installed backend, got "
     assert _python(code) == [
         "('torch',)",
-        "torch: cpu tensors run in torch",
-        f"torch: {missing}",
-        f"backends.use: expected an installed backend, got 'triton': {missing}",
+        f"torch: {ON_CPU.reason}",
+        f"torch: {triton}",
+        f"{installed}'triton': {triton}",
+        f"{installed}'cpu': {NOT_BUILT}",
     ]
+
+
+def test_extension_that_does_not_load(detection: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A broken one, built for another torch say, is told apart from none, and breaks nothing."""
+    broken = tmp_path / "_C.abi3.so"
+    broken.write_bytes(b"not a library")
+    spec = importlib.util.spec_from_file_location("fusednorm._C", broken)
+    find_spec = importlib.util.find_spec
+
+    def load(name: str) -> ModuleType:
+        assert name == "fusednorm._C"
+        assert spec is not None
+        return importlib.util.module_from_spec(spec)
+
+    detection.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name, *args: spec if name == "fusednorm._C" else find_spec(name, *args),
+    )
+    detection.setattr(importlib, "import_module", load)
+    reason = backends.extension_missing()
+    assert reason is not None
+    assert reason.startswith("the compiled extension does not load: ")
+    assert str(broken) in reason
+    assert fusednorm.layer_norm(torch.randn(2, 8), 8).shape == (2, 8)
 
 
 # Requests
 
 
-@pytest.mark.parametrize("backend", backends.NAMES)
+@pytest.mark.parametrize("backend", [name for name in INSTALLED if name != "cpu" or INTERPRETED])
 def test_a_request_is_in_force_inside_the_block_only(device: torch.device, backend: str) -> None:
     """Before and after, the choice is automatic."""
     x = torch.empty(2, 8, device=device)
@@ -253,7 +318,7 @@ def test_a_choice_cannot_be_changed() -> None:
 
 ENVIRONMENT = """
 import torch, fusednorm
-from fusednorm import backends
+from fusednorm import backends, ops
 x = torch.randn(2, 8)
 for device in ("cpu", "meta"):
     try:
@@ -280,6 +345,18 @@ def test_environment_requests_torch() -> None:
     ]
 
 
+@needs_extension
+def test_environment_requests_the_cpu_kernels() -> None:
+    """They serve cpu tensors, and no others."""
+    unfit = "FUSEDNORM_BACKEND: expected tensors that the cpu backend can serve, got "
+    assert _python(ENVIRONMENT, FUSEDNORM_BACKEND="cpu") == [
+        "cpu: requested by FUSEDNORM_BACKEND",
+        unfit + "meta: the kernels are built for cpu tensors, not meta",
+        "computed",
+        f"torch: {REQUESTED}",
+    ]
+
+
 def test_environment_requests_triton() -> None:
     """No fallback from it: what Triton cannot serve is an error that names the variable."""
     unfit = "FUSEDNORM_BACKEND: expected tensors that the triton backend can serve, got "
@@ -301,7 +378,7 @@ def test_environment_without_a_request(monkeypatch: pytest.MonkeyPatch, value: s
     else:
         monkeypatch.setenv("FUSEDNORM_BACKEND", value)
     backends._read_environment()
-    assert backends.explain(torch.empty(1)) == CPU_RUNS_IN_TORCH
+    assert backends.explain(torch.empty(1)) == ON_CPU
 
 
 # What runs
@@ -330,7 +407,7 @@ def test_a_request_for_torch_runs_no_kernel(
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="tensors of the device under test run in the kernels")
-def test_auto_on_the_cpu_runs_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_on_the_cpu_runs_no_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter is used on request only."""
     launches = record_launches(monkeypatch)
     run(fusednorm.layer_norm, make_case(3, 8, torch.float32, torch.device("cpu")))
@@ -344,7 +421,7 @@ def test_backward_follows_its_forward(
     launches = record_launches(monkeypatch)
     x = torch.randn(3, 8, device=device, requires_grad=True)
     results = {}
-    for backend in backends.NAMES:
+    for backend in ("triton", "torch"):
         with backends.use(backend):
             results[backend] = fusednorm.layer_norm(x, 8)
     assert [launched.kernel for launched in launches] == BOTH[:1]

@@ -1,0 +1,14 @@
+// The builds of kernels.h, one for each instruction set.
+#pragma once
+
+#include "layer_norm.h"
+
+namespace fusednorm::cpu {
+
+extern const Kernels portable_kernels;  // what every processor of the architecture has
+#if defined(__x86_64__)
+extern const Kernels avx2_kernels;    // with FMA and F16C
+extern const Kernels avx512_kernels;  // F, BW, DQ and VL
+#endif
+
+}  // namespace fusednorm::cpu

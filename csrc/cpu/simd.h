@@ -1,0 +1,320 @@
+// Vectors of the compute type C, and how the element types are loaded into and stored from them.
+//
+// Every level compiles this file with flags of its own. Nothing here or in kernels.h may have
+// external linkage or instantiate a template of the standard library: the linker would keep one
+// copy for all levels, and a processor could meet instructions that it does not have.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int register_bytes = 64;
+#elif defined(__AVX2__)
+constexpr int register_bytes = 32;
+#else
+constexpr int register_bytes = 16;
+#endif
+
+#define ALWAYS_INLINE inline __attribute__((always_inline))
+
+template <class T, int n>
+struct VectorType {
+  typedef T type __attribute__((vector_size(sizeof(T) * n)));
+};
+template <class T, int n>
+using VectorOf = typename VectorType<T, n>::type;
+
+template <class C>
+constexpr int lanes = register_bytes / sizeof(C);
+template <class C>
+using Vector = VectorOf<C, lanes<C>>;
+
+struct f16 {
+  uint16_t bits;
+};
+struct bf16 {
+  uint16_t bits;
+};
+
+template <class To, class From>
+ALWAYS_INLINE To bits_as(From value) {
+  static_assert(sizeof(To) == sizeof(From));
+  To result;
+  memcpy(&result, &value, sizeof result);
+  return result;
+}
+
+template <class V, class T>
+ALWAYS_INLINE V load_bits(const T* from) {
+  V value;
+  memcpy(&value, from, sizeof value);
+  return value;
+}
+
+// Multiplies and adds with one rounding, on every level that has the instruction.
+ALWAYS_INLINE Vector<float> multiply_add(Vector<float> a, Vector<float> b, Vector<float> c) {
+#if defined(__AVX512F__)
+  return Vector<float>(_mm512_fmadd_ps(a, b, c));
+#elif defined(__FMA__)
+  return Vector<float>(_mm256_fmadd_ps(a, b, c));
+#else
+  return a * b + c;
+#endif
+}
+ALWAYS_INLINE Vector<double> multiply_add(Vector<double> a, Vector<double> b, Vector<double> c) {
+#if defined(__AVX512F__)
+  return Vector<double>(_mm512_fmadd_pd(a, b, c));
+#elif defined(__FMA__)
+  return Vector<double>(_mm256_fmadd_pd(a, b, c));
+#else
+  return a * b + c;
+#endif
+}
+
+template <int n>
+ALWAYS_INLINE VectorOf<float, n> widen(VectorOf<uint16_t, n> bits, bf16) {
+  using Words = VectorOf<uint32_t, n>;
+#if defined(__AVX512F__)
+  // GCC before 13 widens half a vector at a time.
+  if constexpr (n == 16)
+    return bits_as<VectorOf<float, n>>(Words(_mm512_cvtepu16_epi32(bits_as<__m256i>(bits))) << 16);
+#endif
+  return bits_as<VectorOf<float, n>>(__builtin_convertvector(bits, Words) << 16);
+}
+
+template <int n>
+ALWAYS_INLINE VectorOf<uint16_t, n> narrow(VectorOf<float, n> value, bf16) {
+  using Words = VectorOf<uint32_t, n>;
+  const Words bits = bits_as<Words>(value);
+  const Words nearest_even = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+  // Adding to a NaN could make an infinity of it.
+  const Words is_nan = Words(value != value);
+  return __builtin_convertvector((nearest_even & ~is_nan) | (0x7FC0 & is_nan),
+                                 VectorOf<uint16_t, n>);
+}
+
+template <int n>
+ALWAYS_INLINE VectorOf<float, n> widen(VectorOf<uint16_t, n> bits, f16) {
+#if defined(__AVX512F__)
+  if constexpr (n == 16) return VectorOf<float, n>(_mm512_cvtph_ps(bits_as<__m256i>(bits)));
+#endif
+#if defined(__F16C__)
+  if constexpr (n == 8) return VectorOf<float, n>(_mm256_cvtph_ps(bits_as<__m128i>(bits)));
+#endif
+  using Words = VectorOf<uint32_t, n>;
+  using Floats = VectorOf<float, n>;
+  const Words words = __builtin_convertvector(bits, Words);
+  const Words sign = (words & 0x8000) << 16;
+  const Words magnitude = words & 0x7FFF;
+  // Exponents are 112 apart; multiplying by 2^112 also makes subnormal numbers normal.
+  const Words scaled = bits_as<Words>(bits_as<Floats>(magnitude << 13) * 0x1p112f);
+  const Words special = Words(magnitude >= 0x7C00) & 0x7F800000;
+  return bits_as<Floats>(scaled | special | sign);
+}
+
+template <int n>
+ALWAYS_INLINE VectorOf<uint16_t, n> narrow(VectorOf<float, n> value, f16) {
+#if defined(__AVX512F__)
+  if constexpr (n == 16)
+    return bits_as<VectorOf<uint16_t, n>>(_mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));
+#endif
+#if defined(__F16C__)
+  if constexpr (n == 8)
+    return bits_as<VectorOf<uint16_t, n>>(_mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));
+#endif
+  using Words = VectorOf<uint32_t, n>;
+  using Floats = VectorOf<float, n>;
+  const Words bits = bits_as<Words>(value);
+  const Words sign = (bits >> 16) & 0x8000;
+  const Words magnitude = bits & 0x7FFFFFFF;
+  const Words rounded = magnitude + 0xFFF + ((magnitude >> 13) & 1);
+  const Words normal = (rounded - (112u << 23)) >> 13;
+  // Below 2^-14 the spacing is 2^-24, that of floats around 1/2.
+  const Words subnormal = bits_as<Words>(bits_as<Floats>(magnitude) + 0.5f) - 0x3F000000;
+  const Words is_small = Words(magnitude < (113u << 23));
+  const Words is_large = Words(rounded >= (143u << 23));
+  const Words is_nan = Words(magnitude > 0x7F800000);
+  const Words finite = (subnormal & is_small) | (normal & ~is_small);
+  const Words infinite = (0x7C00 & ~is_nan) | (0x7E00 & is_nan);
+  return __builtin_convertvector((finite & ~is_large) | (infinite & is_large) | sign,
+                                 VectorOf<uint16_t, n>);
+}
+
+// Loads a vector of C from lanes<C> elements of type T.
+template <class C, class T>
+ALWAYS_INLINE Vector<C> load(const T* from) {
+  constexpr int n = lanes<C>;
+  if constexpr (sizeof(T) == 2) {
+    const auto value = widen<n>(load_bits<VectorOf<uint16_t, n>>(from), T{});
+    return __builtin_convertvector(value, Vector<C>);
+  } else {
+    return __builtin_convertvector((load_bits<VectorOf<T, n>>(from)), Vector<C>);
+  }
+}
+
+// Converts a vector of C to lanes<C> elements of type T.
+template <class C, class T>
+ALWAYS_INLINE auto converted(Vector<C> value) {
+  constexpr int n = lanes<C>;
+  if constexpr (sizeof(T) == 2) {
+    // From double there is no direct way.
+    return narrow<n>(__builtin_convertvector(value, VectorOf<float, n>), T{});
+  } else {
+    return __builtin_convertvector(value, VectorOf<T, n>);
+  }
+}
+
+template <class C, class T>
+ALWAYS_INLINE void store(T* to, Vector<C> value) {
+  const auto bits = converted<C, T>(value);
+  memcpy(to, &bits, sizeof bits);
+}
+
+// Stores past the cache, to an address that is a multiple of the size of the vector.
+template <class C, class T>
+ALWAYS_INLINE void stream(T* to, Vector<C> value) {
+  const auto bits = converted<C, T>(value);
+#if defined(__AVX512F__)
+  if constexpr (sizeof bits == 64)
+    return _mm512_stream_si512(reinterpret_cast<__m512i*>(to), bits_as<__m512i>(bits));
+#endif
+#if defined(__AVX2__)
+  if constexpr (sizeof bits == 32)
+    return _mm256_stream_si256(reinterpret_cast<__m256i*>(to), bits_as<__m256i>(bits));
+#endif
+#if defined(__SSE2__)
+  if constexpr (sizeof bits == 16)
+    return _mm_stream_si128(reinterpret_cast<__m128i*>(to), bits_as<__m128i>(bits));
+#endif
+  memcpy(to, &bits, sizeof bits);
+}
+
+// Makes what was streamed visible before whatever tells others that it is there.
+ALWAYS_INLINE void end_of_stream() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+
+// How much of a vector exists: all of it, or the first `count` lanes at the end of a row.
+struct Whole {};
+struct Part {
+  int count;
+};
+
+template <class C, class T>
+ALWAYS_INLINE Vector<C> load(const T* from, Whole) {
+  return load<C>(from);
+}
+template <class C, class T>
+ALWAYS_INLINE Vector<C> load(const T* from, Part part) {
+  T padded[lanes<C>] = {};
+  for (int i = 0; i < part.count; ++i) padded[i] = from[i];
+  return load<C>(padded);
+}
+
+template <class C, class T>
+ALWAYS_INLINE void store(T* to, Vector<C> value, Whole) {
+  store<C>(to, value);
+}
+template <class C, class T>
+ALWAYS_INLINE void store(T* to, Vector<C> value, Part part) {
+  T padded[lanes<C>];
+  store<C>(padded, value);
+  for (int i = 0; i < part.count; ++i) to[i] = padded[i];
+}
+
+// Returns the lanes that exist, and 0 in the others.
+template <class C>
+ALWAYS_INLINE Vector<C> existing(Vector<C> value, Whole) {
+  return value;
+}
+template <class C>
+ALWAYS_INLINE Vector<C> existing(Vector<C> value, Part part) {
+  for (int i = part.count; i < lanes<C>; ++i) value[i] = 0;
+  return value;
+}
+
+// Adds up the lanes, in pairs.
+template <class C, int n>
+ALWAYS_INLINE C add_lanes(VectorOf<C, n> value) {
+  if constexpr (n == 1) {
+    return value[0];
+  } else {
+    using Half = VectorOf<C, n / 2>;
+    struct Halves {
+      Half low, high;
+    };
+    const auto halves = bits_as<Halves>(value);
+    return add_lanes<C, n / 2>(halves.low + halves.high);
+  }
+}
+
+// Calls f with a value of the element type that `dtype` names.
+template <class F>
+ALWAYS_INLINE void with_type(fusednorm::cpu::DType dtype, F&& f) {
+  using fusednorm::cpu::DType;
+  switch (dtype) {
+    case DType::f16: return f(f16{});
+    case DType::bf16: return f(bf16{});
+    case DType::f32: return f(float{});
+    case DType::f64: return f(double{});
+    case DType::none: return;
+  }
+}
+
+// Rounds to the type that `dtype` names and back; leaves the value alone where that is none.
+template <class C>
+ALWAYS_INLINE Vector<C> rounded(Vector<C> value, fusednorm::cpu::DType dtype) {
+  using fusednorm::cpu::DType;
+  if (__builtin_expect(dtype == DType::none, 1)) return value;
+  with_type(dtype, [&](auto type) {
+    decltype(type) elements[lanes<C>];
+    store<C>(elements, value);
+    value = load<C>(elements);
+  });
+  return value;
+}
+
+// Four words for each counter (quad, row, 0): Philox 4x32-10 (Salmon et al., *Parallel random
+// numbers: as easy as 1, 2, 3*, 2011). Each 64-bit lane holds one word.
+constexpr int quads = register_bytes / 8;
+using Words = VectorOf<uint64_t, quads>;
+
+ALWAYS_INLINE Words multiply_words(Words a, uint32_t b) {
+#if defined(__AVX512F__)
+  return Words(_mm512_mul_epu32(bits_as<__m512i>(a), _mm512_set1_epi64(b)));
+#elif defined(__AVX2__)
+  return Words(_mm256_mul_epu32(bits_as<__m256i>(a), _mm256_set1_epi64x(b)));
+#elif defined(__SSE2__)
+  return Words(_mm_mul_epu32(bits_as<__m128i>(a), _mm_set1_epi64x(b)));
+#else
+  return a * b;
+#endif
+}
+
+inline void philox(uint64_t first_quad, uint64_t row, uint64_t seed, Words words[4]) {
+  constexpr uint64_t word = 0xFFFFFFFF;
+  Words c0, c1 = Words{} + (row & word), c2 = Words{} + (row >> 32), c3 = Words{};
+  for (int i = 0; i < quads; ++i) c0[i] = first_quad + i;
+  uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
+  for (int round = 0; round < 10; ++round) {
+    const Words a = multiply_words(c0, 0xD2511F53), b = multiply_words(c2, 0xCD9E8D57);
+    c0 = (b >> 32) ^ c1 ^ k0;
+    c2 = (a >> 32) ^ c3 ^ k1;
+    c1 = b & word;
+    c3 = a & word;
+    k0 += 0x9E3779B9;
+    k1 += 0xBB67AE85;
+  }
+  words[0] = c0, words[1] = c1, words[2] = c2, words[3] = c3;
+}
+
+}  // namespace
