@@ -237,8 +237,8 @@ MUTANTS = (
     Mutant(
         "split row: c1 not divided by N",
         "backward.py",
+        "tl.store(c1_ptr + rows, c1 / N)",
         "tl.store(c1_ptr + rows, c1)",
-        "tl.store(c1_ptr + rows, c1 * N)",
         ACCURACY,
         "[12288-torch.float32",
     ),

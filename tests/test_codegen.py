@@ -106,9 +106,13 @@ def narrow(entry: Entry) -> str:
 
 def synchronous(entry: Entry) -> str:
     """Describe the activations that a pipelined kernel does not copy asynchronously."""
-    width = str(entry["vector_bytes"])
-    waits = [name for name in ("h", "dz") if width not in entry["accesses"][name].get("async", {})]
-    if width not in entry["machine"].get("LDGSTS", {}):
+
+    def asynchronous(name: str) -> bool:
+        widths = entry["accesses"][name].get("async", {})
+        return any(int(width) >= entry["vector_bytes"] for width in widths)
+
+    waits = [name for name in ("h", "dz") if not asynchronous(name)]
+    if "LDGSTS" not in entry["machine"]:
         waits.append("no LDGSTS")
     return ", ".join(waits)
 
@@ -210,7 +214,7 @@ def test_number_of_rows_is_not_compiled_in(rungs: list[Entry]) -> None:
     variants: dict[tuple[object, ...], dict[str, set[int]]] = {}
     for e in rungs:
         key = (e["arch"], e["kernel"], e["kind"], e["dtype"], e["parameters"], e["cols"])
-        kernels = variants.setdefault((*key, e["padding"]), {})
+        kernels = variants.setdefault((*key, e["padding"], e["terms"]), {})
         kernels.setdefault(e["hash"], set()).add(e["rows"])
     assert any(len(set().union(*kernels.values())) > 1 for kernels in variants.values()), (
         "no kernel was compiled for two numbers of rows"

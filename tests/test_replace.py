@@ -738,7 +738,11 @@ def test_the_keyword_of_the_model_still_works(monkeypatch):
     assert len(calls) == 1
 
 
-@pytest.mark.parametrize("x", [torch.randn(3, 1), torch.ones(3, 6, dtype=torch.int64)], ids=str)
+@pytest.mark.parametrize(
+    "x",
+    [torch.linspace(-1, 2, 3)[:, None], torch.ones(3, 6, dtype=torch.int64)],
+    ids=["broadcast", "integers"],
+)
 def test_an_input_that_only_the_model_takes(x, monkeypatch):
     norm, calls = randomize(LlamaRMSNorm()), calls_of(monkeypatch)
     expected = norm(x)

@@ -81,18 +81,6 @@ def _load_chunk(
         return x_hat, dz, dz * factor.to(COMPUTE)
 
 
-@triton.jit
-def _row_means(
-    g_x_hat, g_sum, N: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, RMS: tl.constexpr
-):
-    """Return c1 and c2 of the rows, [ROWS] each; None for a c2 that is 0."""
-    if RMS:
-        return tl.sum(g_x_hat, axis=1) / N, None
-    else:
-        c1, c2 = sum_pair(g_x_hat, g_sum, ROWS, BLOCK_N)
-        return c1 / N, c2 / N
-
-
 # No value of M or of a stride may become part of what is compiled.
 @triton.jit(do_not_specialize=("dz_stride", "h_stride", "scale_stride", "rows_per_sample", "steps"))
 def layer_norm_bwd_sums_kernel(
@@ -147,10 +135,12 @@ def layer_norm_bwd_sums_kernel(
         x_hat, _, g = _load_chunk(h_rows, dz_rows, factor, mean, rstd, cols, mask, COMPUTE)
         g_x_hat += g * x_hat
         g_sum += g
-    c1, c2 = _row_means(g_x_hat, g_sum, N, 1, BLOCK_N, mean_ptr is None)
-    tl.store(c1_ptr + rows, c1)
-    if c2_ptr is not None:
-        tl.store(c2_ptr + rows, c2)
+    if c2_ptr is None:
+        tl.store(c1_ptr + rows, tl.sum(g_x_hat, axis=1) / N)
+    else:
+        c1, c2 = sum_pair(g_x_hat, g_sum, 1, BLOCK_N)
+        tl.store(c1_ptr + rows, c1 / N)
+        tl.store(c2_ptr + rows, c2 / N)
 
 
 @triton.jit(
@@ -307,8 +297,12 @@ def layer_norm_bwd_kernel(
                     c1 = tl.load(c1_ptr + rows, mask=rows < end, other=0.0)
                     if c2_ptr is not None:
                         c2 = tl.load(c2_ptr + rows, mask=rows < end, other=0.0)
+                elif mean_ptr is None:
+                    c1 = tl.sum(g_x_hat, axis=1) / N
                 else:
-                    c1, c2 = _row_means(g_x_hat, g_sum, N, ROWS, BLOCK_N, mean_ptr is None)
+                    c1, c2 = sum_pair(g_x_hat, g_sum, ROWS, BLOCK_N)
+                    c1 = c1 / N
+                    c2 = c2 / N
             places = (rows * N)[:, None]
             next_dgates = ()
             for i in tl.static_range(CHUNKS):

@@ -244,7 +244,7 @@ def backward_config(
     # The gradient of a gate takes half as much again: such rows are tiled as if twice as long.
     sums, most, length = None, 24, 1
     if gate_gradient:
-        most, length = 16, 2
+        most, length = 12, 2
     tier = _tier(BACKWARD_TIERS, cols * length, itemsize)
     longest = tier or BACKWARD_TIERS[itemsize][-1]
     per_thread = longest.per_thread // length
@@ -259,7 +259,8 @@ def backward_config(
     else:
         form, sums = "split", _looped_tile(itemsize, arch.warp_size)
         threads = 2 * MIN_THREADS
-        tile = RowTile(threads * VECTOR_BYTES // itemsize, 1, 2, threads // arch.warp_size)
+        rows = 1 if gate_gradient else 2  # with three accumulators two rows take 226 registers
+        tile = RowTile(threads * VECTOR_BYTES // itemsize, 1, rows, threads // arch.warp_size)
     stage_bytes = stream_bytes * tile.rows * tile.chunks * tile.block_n
     # Three stages keep two tiles in flight while one is worked on; a device whose shared memory
     # does not hold them gets two, or none, and float64 has no registers left for a third. The

@@ -1,0 +1,1 @@
+"""The benchmark: how far every norm is from the memory's limit, and from every peer."""

@@ -1,0 +1,296 @@
+"""What is measured: modes, shapes, their fewest bytes, fresh inputs and the float64 oracle."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+EPS = 1e-5
+DROPOUT = 0.1
+SAMPLES = 8
+"""Samples of an AdaLN batch; fewer where the rows do not divide by it."""
+
+NORMS = {
+    "layer_norm": "LayerNorm",
+    "rms_norm": "RMSNorm",
+    "add": "Add & LayerNorm",
+    "add_rms": "Add & RMSNorm",
+    "dropout": "dropout, Add & LayerNorm",
+    "adaln": "AdaLN",
+    "frozen": "LayerNorm, frozen weights",
+}
+PHASES = ("inference", "forward", "backward", "both")
+_NO_NEWS = ("dropout/inference", "frozen/inference", "frozen/forward")
+MODES = tuple(
+    mode for norm in NORMS for phase in PHASES if (mode := f"{norm}/{phase}") not in _NO_NEWS
+)
+"""A mode is a norm and a phase: the forward that saves nothing, the one that autograd records, the
+backward alone, or forward and backward."""
+
+DTYPES = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+    "float64": torch.float64,
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One cell of the grid, for every provider."""
+
+    mode: str
+    rows: int
+    cols: int
+    dtype: str = "bfloat16"
+    parameters: str = "bfloat16"
+    group: str = ""
+    sweep: str = ""  # "cols" or "rows" where the case is a point of a sweep
+
+    @property
+    def norm(self) -> str:
+        """The key of `NORMS`."""
+        return self.mode.split("/")[0]
+
+    @property
+    def phase(self) -> str:
+        """One of `PHASES`."""
+        return self.mode.split("/")[1]
+
+    @property
+    def samples(self) -> int:
+        """Samples of the batch, for the terms that differ between samples."""
+        return SAMPLES if self.rows % SAMPLES == 0 else 1
+
+    def __str__(self) -> str:
+        """Return the case as a row of the table names it."""
+        dtype = self.dtype if self.parameters == self.dtype else f"{self.dtype}/{self.parameters}"
+        return f"{self.mode} {self.rows}x{self.cols} {dtype}"
+
+
+def floor_bytes(case: Case) -> int:
+    """Return the fewest bytes that the case can move: each input read and each output written once.
+
+    Statistics are float32. Where h is an output, its gradient is an input of the backward; dropout
+    makes the gradients of x and of the residual differ, and its mask costs nothing.
+    """
+    x = case.rows * case.cols * DTYPES[case.dtype].itemsize
+    vector = case.cols * DTYPES[case.parameters].itemsize
+    statistics = case.rows * (4 if "rms" in case.norm else 8)
+    activations = {"add": (4, 4), "add_rms": (4, 4), "dropout": (4, 5)}.get(case.norm, (2, 3))
+    vectors = {"rms_norm": (1, 2), "add_rms": (1, 2), "frozen": (2, 1)}.get(case.norm, (2, 3))
+    if case.norm == "adaln":
+        vectors = (2 * case.samples, 3 * case.samples)
+    inference = activations[0] * x + vectors[0] * vector
+    backward = activations[1] * x + vectors[1] * vector + statistics
+    return {
+        "inference": inference,
+        "forward": inference + statistics,
+        "backward": backward,
+        "both": inference + statistics + backward,
+    }[case.phase]
+
+
+@dataclass
+class Inputs:
+    """Fresh arguments of one call, and the gradients of its outputs."""
+
+    x: Tensor
+    residual: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    scale: Tensor | None
+    shift: Tensor | None
+    grads: tuple[Tensor, ...]  # of z, and of h where h is an output
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        """The tensors whose gradient is wanted."""
+        given = (self.x, self.residual, self.weight, self.bias, self.scale, self.shift)
+        return [tensor for tensor in given if tensor is not None and tensor.requires_grad]
+
+
+def draw(case: Case, device: torch.device, generator: torch.Generator) -> Inputs:
+    """Return fresh random inputs; their mean is not 0, so that a wrong mean shows."""
+    shape: tuple[int, ...] = (case.rows, case.cols)
+    if case.norm == "adaln":
+        shape = (case.samples, case.rows // case.samples, case.cols)
+    trains = case.phase != "inference"
+
+    def tensor(*size: int, dtype: str, offset: float = 0.0, trains: bool = trains) -> Tensor:
+        value = torch.randn(size, generator=generator, device=device) + offset
+        return value.to(DTYPES[dtype]).requires_grad_(trains)
+
+    def parameter() -> Tensor:
+        value = tensor(case.cols, dtype=case.parameters, offset=1.0, trains=False)
+        return torch.nn.Parameter(value, requires_grad=trains and case.norm != "frozen")
+
+    x = tensor(*shape, dtype=case.dtype, offset=2.0)
+    if case.norm == "dropout":
+        # No element is near 0, so that h shows which ones were dropped.
+        x = (x.detach() + x.detach().sign() / 2).requires_grad_(trains)
+    added = case.norm in ("add", "add_rms", "dropout")
+    affine, modulated = case.norm != "adaln", case.norm == "adaln"
+    term = (case.samples, 1, case.cols)
+    return Inputs(
+        x=x,
+        residual=tensor(*shape, dtype=case.dtype) if added else None,
+        weight=parameter() if affine else None,
+        bias=parameter() if affine and "rms" not in case.norm else None,
+        scale=tensor(*term, dtype=case.parameters) if modulated else None,
+        shift=tensor(*term, dtype=case.parameters) if modulated else None,
+        grads=tuple(tensor(*shape, dtype=case.dtype, trains=False) for _ in range(1 + added)),
+    )
+
+
+def compose(case: Case, inputs: Inputs, keep: Tensor | None = None) -> tuple[Tensor, ...]:
+    """Return the outputs in plain torch, the unfused form where there is more than a norm.
+
+    Args:
+        case: The case.
+        inputs: Its inputs.
+        keep: The elements that dropout kept, to repeat one; by default it draws its own.
+    """
+    x = inputs.x
+    if case.norm == "dropout":
+        x = F.dropout(x, DROPOUT) if keep is None else x * keep / (1 - DROPOUT)
+    h = x if inputs.residual is None else inputs.residual + x
+    if "rms" in case.norm:
+        z = F.rms_norm(h, (case.cols,), inputs.weight, EPS)
+    else:
+        z = F.layer_norm(h, (case.cols,), inputs.weight, inputs.bias, EPS)
+    if inputs.scale is not None and inputs.shift is not None:
+        z = z * (1 + inputs.scale) + inputs.shift
+    return (z,) if inputs.residual is None else (z, h)
+
+
+def wide(inputs: Inputs) -> Inputs:
+    """Return the same values in float64."""
+
+    def convert(tensor: Tensor | None) -> Any:
+        if tensor is None:
+            return None
+        return tensor.detach().double().requires_grad_(tensor.requires_grad)
+
+    tensors = (convert(value) for name, value in vars(inputs).items() if name != "grads")
+    return Inputs(*tensors, grads=tuple(convert(grad) for grad in inputs.grads))
+
+
+def wrong(case: Case, inputs: Inputs, outputs: tuple[Tensor, ...], grads: list[Tensor]) -> str:
+    """Compare outputs and gradients with float64; return what is wrong, or nothing.
+
+    The norm of the difference over that of the truth may reach one epsilon of the dtype, which is
+    several times what rounding inputs, outputs and one intermediate costs, and in the worst row
+    four times that. A sum over rows may have been rounded at every step, as torch's is on the CPU.
+    """
+    exact = wide(inputs)
+    keep = None
+    if case.norm == "dropout" and exact.residual is not None:
+        added = outputs[1].double() - exact.residual.detach()
+        keep = added.abs() > exact.x.detach().abs() / (1 - DROPOUT) / 2
+        share = float(keep.double().mean())
+        if abs(share - (1 - DROPOUT)) > 5 * (DROPOUT * (1 - DROPOUT) / keep.numel()) ** 0.5:
+            return f"dropout keeps {share:.3f}"
+    truth = list(compose(case, exact, keep))
+    if grads:
+        truth += torch.autograd.grad(truth, exact.leaves, exact.grads)
+    names = ["z", "h"][: len(outputs)] + [f"gradient {i}" for i in range(len(grads))]
+    allowed = max(torch.finfo(DTYPES[case.dtype]).eps, 1e-5)
+    for name, got, tracked in zip(names, [*outputs, *grads], truth, strict=True):
+        true = tracked.detach()
+        error = got.detach().double().reshape(true.shape) - true
+        summed = exact.x.numel() / true.numel()
+        limit = allowed * max(1.0, summed**0.5 / 4)
+        worst = max(float(error.norm() / true.norm()), _worst_row(error, true) / 4)
+        if not worst <= limit:  # NaN is wrong as well
+            return f"{name} off by {worst:.1e}, {limit:.1e} allowed"
+    return ""
+
+
+def _worst_row(error: Tensor, true: Tensor) -> float:
+    """Return the largest relative error of a row; a NaN anywhere is one here."""
+    return float((error.norm(dim=-1) / true.norm(dim=-1)).max())
+
+
+MEBI = 1 << 20
+SWEEP_COLS = (
+    *(64, 96, 128, 192, 256, 384, 512, 768, 1024, 1280, 1536, 2048, 2560, 3072, 4096, 5120, 6144),
+    *(7168, 8192, 10240, 12288, 14336, 16384, 20480, 32768, 65536, 131072),
+)
+# Rows and columns of the norms of published models.
+MODELS = (
+    *((32 * 512, 768), (32 * 512, 1024)),  # BERT
+    *((8 * 1024, cols) for cols in (768, 1024, 1280, 1600)),  # GPT-2
+    *((32 * 1024, cols) for cols in (768, 1024, 1280, 1600)),
+    *((2048, 12288), (4096, 12288)),  # GPT-3
+    *((256 * 197, cols) for cols in (768, 1024, 1280)),  # ViT
+    *((rows, cols) for rows in (4096, 8192, 16384) for cols in (4096, 5120, 8192, 16384)),  # Llama
+    (8192, 3584),  # Qwen
+    *((256 * 256, 1152), (4096, 3072), (8308, 3072), (4608, 6144)),  # DiT, SD3, Flux
+    *((128 * side * side, cols) for side, cols in ((56, 96), (28, 192), (14, 384), (7, 768))),
+    *((65536, 128), (32768, 256)),  # Evoformer
+    *((1500, 512), (1500, 1280)),  # Whisper
+    *((rows, cols) for rows in (32, 256) for cols in (16384, 50176, 65536)),  # [C, H, W] of CNNs
+    *((8192 * 32, 128), (2048, 131072)),  # QK norm, and a very long row
+)
+LATENCY_COLS = (768, 1024, 4096, 8192, 16384)
+LATENCY_ROWS = (1, 8, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+AWKWARD_COLS = (100, 257, 1000, 1023, 3584, 5003, 7680, 10001, 50257)
+QUICK_COLS = (256, 1024, 4096, 16384)
+QUICK_ROWS = (1, 32, 512)
+
+
+def sweep(cols: tuple[int, ...], itemsize: int, size: int) -> list[tuple[int, int]]:
+    """Return shapes of `size` bytes of x."""
+    return [(max(1, size // (n * itemsize)), n) for n in cols]
+
+
+GROUPS = ("bandwidth", "large", "latency", "tall", "awkward", "models", "quick")
+SWEEPS = {
+    **{"bandwidth": "cols", "large": "cols", "latency": "rows"},
+    **dict.fromkeys(("tall", "awkward", "models"), ""),
+}
+
+
+def shapes(group: str, itemsize: int, device: str) -> list[tuple[int, int]]:
+    """Return the (rows, columns) of a group.
+
+    Raises:
+        ValueError: There is no such group.
+    """
+    if group == "bandwidth":
+        return sweep(SWEEP_COLS, itemsize, 64 * MEBI)
+    if group == "large":
+        return sweep(SWEEP_COLS, itemsize, 256 * MEBI)
+    if group == "latency":
+        return [(rows, cols) for cols in LATENCY_COLS for rows in LATENCY_ROWS]
+    if group == "tall":
+        return [(2**power, cols) for cols in (64, 96, 128, 256) for power in (16, 18, 20)]
+    if group == "awkward":
+        return sweep(AWKWARD_COLS, itemsize, 64 * MEBI)
+    if group == "models":
+        return list(dict.fromkeys(MODELS))
+    if group == "quick":
+        # What two minutes allow: one point of the sweeps for every factor of four.
+        size = 64 * MEBI if device == "cuda" else 8 * MEBI
+        return sweep(QUICK_COLS, itemsize, size) + [(rows, 1024) for rows in QUICK_ROWS]
+    raise ValueError(f"group: expected one of {', '.join(GROUPS)}, got {group!r}")
+
+
+def cases(
+    groups: list[str], modes: list[str], dtypes: list[tuple[str, str]], device: str
+) -> Iterator[Case]:
+    """Yield the grid; of the group `quick`, the less common modes at one shape only."""
+    for group in groups:
+        for dtype, parameters in dtypes:
+            for index, (rows, cols) in enumerate(shapes(group, DTYPES[dtype].itemsize, device)):
+                for mode in modes:
+                    common = mode in ("layer_norm/forward", "layer_norm/backward")
+                    if group != "quick" or common or index == 1:
+                        sweep = SWEEPS.get(group, "cols" if index < len(QUICK_COLS) else "rows")
+                        yield Case(mode, rows, cols, dtype, parameters, group, sweep)

@@ -1,0 +1,788 @@
+"""Compile the rungs of the launch policy for devices that are not here; read the machine code.
+
+The launchers run on meta tensors with a stand-in for Triton's driver, so every signature,
+alignment hint and compile-time constant is the one a launch would use; nothing is launched.
+
+    python -m bench codegen --full --arch sm_90 --dtype bfloat16
+"""
+
+from __future__ import annotations
+
+import argparse
+import bisect
+import contextlib
+import dataclasses
+import functools
+import itertools
+import json
+import multiprocessing
+import os
+import re
+import struct
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+from fusednorm.triton_kernels import backward, config, forward, launch
+from fusednorm.triton_kernels.config import (
+    VECTOR_BYTES,
+    Architecture,
+    BackwardConfig,
+    backward_config,
+    finalize_tile,
+    forward_config,
+    vector_elements,
+)
+
+TARGETS = {
+    "sm_80": (GPUTarget("cuda", 80, 32), Architecture(32, 108, 166912, 65536)),
+    "sm_90": (GPUTarget("cuda", 90, 32), Architecture(32, 132, 232448, 65536)),
+    "sm_100": (GPUTarget("cuda", 100, 32), Architecture(32, 148, 232448, 65536)),
+    "gfx942": (GPUTarget("hip", "gfx942", 64), Architecture(64, 304, 65536, 0)),
+    "gfx950": (GPUTarget("hip", "gfx950", 64), Architecture(64, 256, 163840, 0)),
+}
+
+DTYPES = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+    "float64": torch.float64,
+}
+
+KINDS = ("forward", "backward", "backward_dx", "finalize")
+
+# Powers of two, their multiples by 3 and 5, and widths that fill no tile or align to no vector.
+COMMON = (
+    *(1, 3, 17, 64, 96, 128, 256, 257, 384, 512, 768, 769, 1000, 1024, 1025, 1280, 1536, 2048),
+    *(2560, 3000, 3072, 4096, 5120, 6144, 7168, 7680, 8192, 8193, 10240, 12288, 14336, 16384),
+    *(20480, 24576, 32768, 40000, 65536, 131072),
+)
+
+FEW = (1024, 4096, 8192, 12288, 131072)
+
+# The policy changes with every N while rows are short and with some multiple of 256 later; just
+# under a multiple are the rows that end in a partial vector or a partial tile.
+ALL = (
+    *range(1, 2049),
+    *(cols + step for cols in range(2304, 131073, 256) for step in (-255, -8, -1, 0)),
+)
+
+ROWS = 10007
+"""Rows of every launch: prime, so that nothing derived from it is divisible by chance."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One call of a launcher; `planted` names a fault of `PLANTED` that the report has to show."""
+
+    arch: str
+    kind: str
+    dtype: str
+    parameters: str
+    cols: int
+    rows: int = ROWS
+    padding: int = 0
+    planted: str = ""
+    terms: str = ""
+
+
+SAMPLES = 5
+"""Samples of launches whose terms differ between them; `sampled` terms have one row each."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Terms:
+    """The terms of the equation that a launch has; gate, scale and shift need a gradient."""
+
+    affine: bool = True
+    rms: bool = False
+    residual: bool = False
+    dropout: bool = False
+    gate: str = ""  # "vector", "sampled" or "scalar"
+    modulation: str = ""
+    stream: str = ""  # dtype of h, if it is not that of x
+
+
+TERMS = {
+    "": Terms(),
+    "bare": Terms(affine=False),
+    "rms": Terms(rms=True),
+    "add": Terms(residual=True),
+    "add rms": Terms(residual=True, rms=True),
+    "fp32 stream": Terms(residual=True, stream="float32"),
+    "dropout": Terms(residual=True, dropout=True),
+    "layer scale": Terms(residual=True, gate="vector"),
+    "stochastic depth": Terms(residual=True, gate="scalar"),
+    "adaptive": Terms(affine=False, modulation="sampled"),
+    "everything": Terms(residual=True, dropout=True, gate="sampled", modulation="sampled"),
+}
+"""What users call a norm, by its terms."""
+
+
+PERSISTENT = "layer_norm_bwd_kernel"
+READ: dict[str, tuple[str, ...]] = {
+    "layer_norm_fwd_kernel": ("x", "residual"),
+    "layer_norm_bwd_sums_kernel": ("dz", "h"),
+    PERSISTENT: ("dz", "dh", "h", "x"),
+    "layer_norm_bwd_finalize_kernel": (),
+}
+WRITTEN: dict[str, tuple[str, ...]] = {
+    "layer_norm_fwd_kernel": ("z", "h"),
+    "layer_norm_bwd_sums_kernel": (),
+    PERSISTENT: ("dx", "dresidual"),
+    "layer_norm_bwd_finalize_kernel": (),
+}
+"""The [M, N] arguments of each kernel."""
+
+PLANTED: dict[str, dict[str, int]] = {
+    "one warp": {"num_warps": 1},  # too few registers for a row of 4096
+    "one stage": {"NUM_STAGES": 1},
+    "odd stride": {},
+}
+
+
+def rungs(
+    arch: str, kind: str, itemsize: int, candidates: Iterable[int], exact: bool = False
+) -> list[int]:
+    """Return one N, the last of the candidates, for every distinct kernel they lead to.
+
+    Args:
+        arch: A key of `TARGETS`.
+        kind: One of `KINDS`.
+        itemsize: Bytes of one element of x.
+        candidates: The N to choose from.
+        exact: Whether a tile counts three times: for rows that fill it, for rows of whole vectors
+            that do not, and for rows that leave no vector aligned.
+    """
+    distinct: dict[object, int] = {}
+    for cols in candidates:
+        vector = vector_elements(cols, itemsize)
+        chosen: Any
+        if kind == "finalize":
+            tile = finalize_tile(cols, TARGETS[arch][1])
+            distinct[tile, exact and vector > 1] = cols
+            continue
+        if kind == "forward":
+            chosen = forward_config(cols, itemsize, TARGETS[arch][1])
+        else:
+            chosen = backward_config(cols, itemsize, TARGETS[arch][1], 2 * itemsize)
+            chosen = dataclasses.replace(chosen, programs_per_processor=0)  # not compiled in
+        if not exact:
+            distinct[chosen] = cols
+        elif cols % (chosen.tile.block_n * chosen.tile.chunks) == 0:
+            distinct[chosen, "full"] = cols
+        elif vector * itemsize == VECTOR_BYTES or vector == 1:
+            distinct[chosen, vector] = cols
+    return list(distinct.values())
+
+
+_TIERS = {"forward": config.FORWARD_TIERS, "backward": config.BACKWARD_TIERS}
+
+
+def resident_rungs(direction: str, itemsize: int) -> list[int]:
+    """Return the common N whose rows stay on chip, those that a tier decides about."""
+    limit = _TIERS[direction][itemsize][-1].limit
+    return [cols for cols in rungs("sm_90", direction, itemsize, COMMON) if 64 <= cols <= limit]
+
+
+def tier(direction: str, itemsize: int, cols: int) -> tuple[int, int]:
+    """Return the elements and rows of a thread that the policy chooses for an N."""
+    found = next(tier for tier in _TIERS[direction][itemsize] if cols <= tier.limit)
+    return found.per_thread, found.rows_per_thread
+
+
+@contextlib.contextmanager
+def forced_tier(direction: str, itemsize: int, share: tuple[int, int]) -> Iterator[None]:
+    """Give every row that stays on chip the same elements and rows of a thread."""
+    tiers = _TIERS[direction]
+    kept = tiers[itemsize]
+    tiers[itemsize] = (config.Tier(kept[-1].limit, *share),)
+    forward_config.cache_clear()
+    backward_config.cache_clear()
+    try:
+        yield
+    finally:
+        tiers[itemsize] = kept
+        forward_config.cache_clear()
+        backward_config.cache_clear()
+
+
+def policy_text() -> str:
+    """Return the source of the launch policy."""
+    return Path(config.__file__).read_text(encoding="utf-8")
+
+
+def jobs(full: bool) -> Iterator[Job]:
+    """Yield every rung for every target, or a selection that the test suite has time for."""
+    for arch in TARGETS:
+        for dtype in ("bfloat16", "float32", "float64"):
+            itemsize = DTYPES[dtype].itemsize
+            for kind in ("forward", "backward", "finalize"):
+                if full:
+                    chosen = rungs(arch, kind, itemsize, ALL, exact=arch.startswith("sm_"))
+                else:
+                    common = arch == "sm_90" and dtype != "float64"
+                    chosen = rungs(arch, kind, itemsize, COMMON if common else FEW)
+                for cols in chosen:
+                    yield Job(arch, kind, dtype, dtype, cols)
+            if full or arch == "sm_90":
+                for cols in rungs(arch, "backward", itemsize, COMMON if full else FEW):
+                    yield Job(arch, "backward_dx", dtype, dtype, cols)
+        if full or arch == "sm_90":
+            for cols in (1024, 4096, 8192):
+                for kind in ("forward", "backward"):
+                    yield Job(arch, kind, "bfloat16", "float32", cols)
+                    yield Job(arch, kind, "float16", "float16", cols)
+    for arch in TARGETS:
+        for terms in TERMS if full or arch == "sm_90" else ("everything",):
+            for cols in FEW if full or terms == "everything" else (4096,):
+                for kind in ("forward", "backward"):
+                    yield Job(arch, kind, "bfloat16", "bfloat16", cols, terms=terms)
+                    if full or terms == "everything":
+                        yield Job(arch, kind, "float32", "float32", cols, terms=terms)
+    yield from _variations()
+
+
+def _variations() -> Iterator[Job]:
+    """Yield launches that differ in one thing, and launches with a planted fault."""
+    base = Job("sm_90", "backward", "bfloat16", "bfloat16", 4096)
+    for kind in ("forward", "backward", "finalize"):
+        for rows in (1, 3, 10000):
+            yield dataclasses.replace(base, kind=kind, rows=rows)
+    for kind in ("forward", "backward"):
+        job = dataclasses.replace(base, kind=kind)
+        yield dataclasses.replace(job, padding=8)
+        yield dataclasses.replace(job, padding=1, planted="odd stride")
+    yield dataclasses.replace(base, planted="one stage")
+    for arch in ("sm_90", "gfx942"):
+        yield dataclasses.replace(base, arch=arch, planted="one warp")
+
+
+class _Driver:
+    """As much of a Triton driver as compiling asks for; each target is a device of its own."""
+
+    def __init__(self, arch: str) -> None:
+        self._arch = arch
+
+    def get_current_target(self) -> GPUTarget:
+        return TARGETS[self._arch][0]
+
+    def get_current_device(self) -> int:
+        return list(TARGETS).index(self._arch)
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@dataclasses.dataclass
+class Compiled:
+    """A kernel that a launcher would have launched, and what the policy said about it."""
+
+    kernel: Any
+    counted: int  # programs that the grid counts on per processor; 0 where it counts on none
+    reads: int  # bytes read of a column of one row, once each
+    writes: int
+
+
+def compile_job(job: Job) -> list[Compiled]:
+    """Call a launcher as on a device of the job's target; return what Triton compiled."""
+    compiled: list[Compiled] = []
+    chosen: list[BackwardConfig] = []
+
+    def note_config(*args: Any, **kwargs: Any) -> BackwardConfig:
+        chosen.append(backward_config(*args, **kwargs))
+        return chosen[-1]
+
+    def compile_only(kernel: Any, *args: object, warmup: bool, **kwargs: object) -> None:
+        if ("finalize" in kernel.fn.__name__) == (job.kind == "finalize"):
+            kwargs.update(PLANTED.get(job.planted, {}))
+            named = dict(zip(kernel.arg_names, args, strict=False))
+            name = kernel.fn.__name__
+            counted = chosen[-1].programs_per_processor if name == PERSISTENT else 0
+            built = type(kernel).run(kernel, *args, warmup=True, **kwargs)
+            moved = (_bytes(named, tensors) for tensors in (READ[name], WRITTEN[name]))
+            compiled.append(Compiled(built, counted, *moved))
+
+    triton.runtime.driver.set_active(_Driver(job.arch))
+    for module in (forward, backward):
+        for name, kernel in vars(module).items():
+            if isinstance(kernel, triton.JITFunction) and name.endswith("_kernel"):
+                kernel.run = functools.partial(compile_only, kernel)
+
+    with (
+        mock.patch.multiple(
+            launch,
+            architecture=lambda device: TARGETS[job.arch][1],
+            device_guard=lambda device: contextlib.nullcontext(),
+        ),
+        mock.patch.object(backward, "backward_config", note_config),
+    ):
+        _call_launcher(job)
+    return compiled
+
+
+def _bytes(arguments: dict[str, Any], tensors: tuple[str, ...]) -> int:
+    """Return the bytes of one element of each of the tensors that are there."""
+    given = (arguments[f"{name}_ptr"] for name in tensors)
+    return sum(tensor.element_size() for tensor in given if tensor is not None)
+
+
+def _call_launcher(job: Job) -> None:
+    terms, shape, rows = TERMS[job.terms], (job.cols,), job.rows
+    dtype = DTYPES[job.dtype]
+
+    def meta(*size: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(size, dtype=dtype, device="meta")
+
+    def term(kind: str) -> torch.Tensor | None:
+        sizes = {"vector": (1, job.cols), "sampled": (SAMPLES, job.cols), "scalar": (SAMPLES, 1)}
+        return meta(*sizes[kind]) if kind else None
+
+    if terms.gate or terms.modulation:
+        rows -= rows % SAMPLES
+    x = meta(rows, job.cols + job.padding)[:, : job.cols]
+    weight = meta(*shape, dtype=DTYPES[job.parameters]) if terms.affine else None
+    bias = None if terms.rms else weight
+    gate, scale, shift = term(terms.gate), term(terms.modulation), term(terms.modulation)
+    seed = meta(1, dtype=torch.int64) if terms.dropout else None
+    dropout_p = 0.1 if terms.dropout else 0.0
+    residual = x if terms.residual else None
+    stream = DTYPES[terms.stream or job.dtype] if terms.residual else None
+    if job.kind == "forward":
+        forward.layer_norm_fwd(
+            *(x, residual, gate, weight, bias, scale, shift, seed),
+            *(shape, 1e-5, terms.rms, dropout_p, dtype, stream, None),
+            save_stats=True,
+            store_h=True,
+        )
+        return
+    stats = meta(rows, dtype=launch.compute_dtype(dtype))
+    mean = None if terms.rms else stats
+    h = x if stream is None else x.to(stream)
+    dh = None if stream is None else h
+    everything = job.kind != "backward_dx"
+    apart = terms.residual and (dropout_p > 0 or gate is not None or stream != dtype)
+    wanted = (True, apart, *(everything,) * 5)
+    backward.layer_norm_bwd(
+        *(x, dh, x, h, mean, stats, gate, weight, bias, scale, shift, seed),
+        *(shape, dropout_p, dtype, dtype if stream is None else stream, None, wanted),
+    )
+
+
+_GLOBAL = re.compile(r"(ld|st)\.global(?:\.\w+)*?(?:\.v(\d))?\.[busf](\d+) ")
+_ASYNC = re.compile(r"cp\.async\.c[ag]\.shared\.global(?:\.[\w:]+)* .*?\], *\[[^]]*\], *(\w+)")
+
+
+def ptx_accesses(ptx: str, arguments: list[str]) -> dict[str, dict[str, dict[int, int]]]:
+    """Count the global accesses in PTX by kernel argument, kind (ld, st, async) and bytes.
+
+    An access belongs to the pointer arguments from which its address is computed.
+    """
+    origins: dict[str, set[str]] = {}
+    flow: list[list[str]] = []
+    accesses: list[tuple[str, str, int]] = []
+    for line in ptx.splitlines():
+        if parameter := re.search(r"ld\.param\.\w+\s+(%\w+), \[\w+_param_(\d+)\]", line):
+            index = int(parameter[2])
+            if index < len(arguments) and arguments[index].endswith("_ptr"):
+                origins[parameter[1]] = {arguments[index]}
+        elif found := _GLOBAL.search(line):
+            width = int(found[2] or 1) * int(found[3]) // 8
+            accesses.append((re.findall(r"\[ *(%\w+)", line)[0], found[1], width))
+        elif found := _ASYNC.search(line):
+            accesses.append((re.findall(r"\[ *(%\w+)", line)[1], "async", int(found[1], 0)))
+        else:
+            flow.append(re.findall(r"%rd\d+", line))
+    reached = -1
+    while reached != (reached := sum(map(len, origins.values()))):
+        for registers in flow:
+            for source in registers[1:]:
+                if source in origins:
+                    origins.setdefault(registers[0], set()).update(origins[source])
+    counts: dict[str, dict[str, dict[int, int]]] = {}
+    for address, kind, width in accesses:
+        for name in sorted(origins.get(address, {"unknown"})):
+            widths = counts.setdefault(name.removesuffix("_ptr"), {}).setdefault(kind, {})
+            widths[width] = widths.get(width, 0) + 1
+    return counts
+
+
+def looped_lines(ptx: str) -> list[str]:
+    """Return the lines inside loops: what a program pays for once per row or chunk."""
+    lines = ptx.splitlines()
+    labels = {line.split(":")[0]: i for i, line in enumerate(lines) if line.startswith("$")}
+    looped: set[int] = set()
+    for i, line in enumerate(lines):
+        if jump := re.search(r"\bbra(?:\.uni)?\s+(\$\w+)", line):
+            looped.update(range(labels[jump[1]], i))
+    return [lines[i] for i in sorted(looped)]
+
+
+def loop_barriers(ptx: str) -> int:
+    """Count the barriers inside loops."""
+    return sum(bool(re.search(r"\bbar(rier\.cta)?\.sync", line)) for line in looped_lines(ptx))
+
+
+def _code(cubin: bytes) -> bytes:
+    """Return the machine code in a cubin: the .text section of its ELF64 file."""
+    (table,) = struct.unpack_from("<Q", cubin, 0x28)
+    size, count, names = struct.unpack_from("<HHH", cubin, 0x3A)
+    # Of each section: the offset of its name, the offset and the length of its content.
+    sections = [
+        (header[0], header[4], header[5])
+        for header in (struct.unpack_from("<IIQQQQ", cubin, table + i * size) for i in range(count))
+    ]
+    for name, offset, length in sections:
+        if cubin.startswith(b".text.", sections[names][1] + name):
+            return cubin[offset : offset + length]
+    raise ValueError("cubin without a .text section")
+
+
+class Instruction(NamedTuple):
+    """One line of a disassembly."""
+
+    position: int
+    opcode: str
+    modifiers: str
+    operands: str
+
+
+_DEVICE_MEMORY = ("LDG", "LDGSTS", "STG")
+_INSTRUCTION = re.compile(
+    r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?\w+ )?([A-Z]\w*)((?:\.\w+)*)([^;]*);", re.MULTILINE
+)
+
+
+def disassemble(arch: str, cubins: list[bytes]) -> list[list[Instruction]]:
+    """Return the instructions of each cubin, without the padding at its end.
+
+    The disassembler takes longer to start than to read one kernel, so it gets all of them as one.
+    """
+    if not cubins:
+        return []
+    codes = [_code(cubin) for cubin in cubins]
+    ends = list(itertools.accumulate(map(len, codes)))
+    name = arch.replace("sm_", "SM") + ("" if arch == "sm_80" else "a")
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "code")
+        with open(path, "wb") as file:
+            file.writelines(codes)
+        listing = _output(triton.knobs.nvidia.nvdisasm.path, "-b", name, "-ndf", path)
+    kernels: list[list[Instruction]] = [[] for _ in cubins]
+    for position, opcode, modifiers, operands in _INSTRUCTION.findall(listing):
+        instruction = Instruction(int(position, 16), opcode, modifiers, operands)
+        padding = opcode == "NOP" or _target(instruction) == instruction.position
+        if not padding:
+            kernels[bisect.bisect(ends, instruction.position)].append(instruction)
+    return kernels
+
+
+def _target(instruction: Instruction) -> int | None:
+    """Return where a branch goes, or None for what is no branch to a known place."""
+    found = re.search(r"0x([0-9a-f]+)\s*$", instruction.operands)
+    return int(found[1], 16) if instruction.opcode == "BRA" and found else None
+
+
+def machine_widths(instructions: list[Instruction]) -> dict[str, dict[int, int]]:
+    """Count memory instructions and barriers by opcode and bytes per thread."""
+    counts: dict[str, dict[int, int]] = {}
+    for instruction in instructions:
+        if instruction.opcode in ("LDG", "STG", "LDGSTS", "LDL", "STL", "BAR"):
+            bits = re.findall(r"\.[SU]?(8|16|32|64|128|256)(?=\.|$)", instruction.modifiers)
+            width = int(bits[-1]) // 8 if bits else 4
+            widths = counts.setdefault(instruction.opcode, {})
+            widths[width] = widths.get(width, 0) + 1
+    return counts
+
+
+def instructions_per_tile(instructions: list[Instruction], ptx: str) -> float:
+    """Return the instructions that a thread issues for one tile: those of its loops, if any.
+
+    The loops are those that touch the memory of the device, without what they nest. The assembler
+    unrolls some: it then has more accesses than the PTX, whose loops handle one tile a time.
+    """
+    places = [instruction.position for instruction in instructions]
+    looped: set[int] = set()
+    for i, instruction in enumerate(instructions):
+        target = _target(instruction)
+        if target is not None and target < instruction.position:
+            body = range(bisect.bisect_left(places, target), i + 1)
+            if any(instructions[j].opcode in _DEVICE_MEMORY for j in body):
+                looped.update(body)
+    if not looped:
+        return len(instructions)
+    accesses = sum(instructions[j].opcode in _DEVICE_MEMORY for j in looped)
+    asked = sum(bool(_GLOBAL.search(line) or _ASYNC.search(line)) for line in looped_lines(ptx))
+    return len(looped) * asked / accesses
+
+
+def _output(*command: str) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def _inspect_nvidia(arch: str, kernels: list[Any]) -> Iterator[dict[str, Any]]:
+    cubins = [kernel.asm["cubin"] for kernel in kernels]
+    for kernel, cubin, code in zip(kernels, cubins, disassemble(arch, cubins), strict=True):
+        with tempfile.NamedTemporaryFile() as file:
+            file.write(cubin)
+            file.flush()
+            dump = _output(triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name)
+        usage = {name: int(n) for name, n in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", dump)}
+        ptx = kernel.asm["ptx"]
+        signature = kernel.src.signature
+        arguments = [name for name, kind in signature.items() if kind != "constexpr"]
+        machine = machine_widths(code)
+        yield {
+            "registers": usage["REG"],
+            "stack": usage["STACK"] + usage["LOCAL"],
+            "spills": sum(sum(machine.get(opcode, {}).values()) for opcode in ("LDL", "STL")),
+            "barriers": sum(machine.get("BAR", {}).values()),
+            "loop_barriers": loop_barriers(ptx),
+            "accesses": ptx_accesses(ptx, arguments),
+            "machine": machine,
+            "instructions": instructions_per_tile(code, ptx),
+        }
+
+
+def _inspect_amd(kernel: Any) -> dict[str, Any]:
+    text = kernel.asm["amdgcn"]
+
+    def metadata(name: str) -> int:
+        return int(re.findall(rf"^\s*\.{name}:\s+(\d+)", text, re.MULTILINE)[0])
+
+    return {
+        "registers": metadata("vgpr_count"),
+        "stack": metadata("private_segment_fixed_size"),
+        # Scalar registers spill to lanes of vector registers; beyond those there is a stack.
+        "spills": metadata("vgpr_spill_count"),
+        "barriers": len(re.findall(r"\bs_barrier\b", text)),
+        "loop_barriers": 0,
+        "accesses": {},
+        "machine": dict(Counter(re.findall(r"\b(?:global|buffer)_(?:load|store)_\w+", text))),
+        "instructions": 0,
+    }
+
+
+def _try_compile(job: Job) -> tuple[list[Compiled], str]:
+    # One kernel that does not compile must not hide the others.
+    try:
+        return compile_job(job), ""
+    except Exception as error:
+        return [], f"{type(error).__name__}: {error}"
+
+
+def _widest(job: Job) -> int:
+    """Return the bytes of the widest element that a job writes rows of."""
+    return max(DTYPES[name].itemsize for name in (job.dtype, TERMS[job.terms].stream or job.dtype))
+
+
+def inspect(arch: str, work: list[Job]) -> list[dict[str, Any]]:
+    """Compile what jobs for one target launch and describe each kernel."""
+    entries = []
+    compiled: list[tuple[Job, Compiled]] = []
+    for job in work:
+        kernels, error = _try_compile(job)
+        compiled += [(job, kernel) for kernel in kernels]
+        if error:
+            entries.append({**dataclasses.asdict(job), "error": error})
+    kernels = [found.kernel for _, found in compiled]
+    nvidia = TARGETS[arch][0].backend == "cuda"
+    details = _inspect_nvidia(arch, kernels) if nvidia else map(_inspect_amd, kernels)
+    for (job, found), detail in zip(compiled, details, strict=True):
+        kernel = found.kernel
+        names = kernel.src.fn.arg_names
+        itemsize = DTYPES[job.dtype].itemsize
+        entry = {
+            **dataclasses.asdict(job),
+            "kernel": kernel.metadata.name,
+            "hash": kernel.hash,
+            "num_warps": kernel.metadata.num_warps,
+            "shared": kernel.metadata.shared,
+            "shared_limit": TARGETS[arch][1].shared_bytes,
+            # Of x; a tile for a wider stream holds fewer elements of it.
+            "vector_bytes": vector_elements(job.cols, _widest(job)) * itemsize,
+            "counted": found.counted,
+            "reads": found.reads,
+            "writes": found.writes,
+            "constants": {
+                names[path[0]]: value if isinstance(value, int | str) else str(value)
+                for path, value in kernel.src.constants.items()
+            },
+            **detail,
+        }
+        entries.append(entry | (occupancy(entry) if nvidia else {}))
+    return entries
+
+
+RESERVED_BYTES = 1024
+"""Shared memory that CUDA keeps of every program, and of which a processor has one share more."""
+
+SATURATING_BYTES = 32 * 1024
+"""Bytes that each processor needs in flight to use all of the memory, by Little's law: those of
+its share of 4.3 TB/s in a loaded latency of 0.9 us, with a margin."""
+
+ISSUE_PER_BYTE = {"sm_80": 9.7, "sm_90": 7.1, "sm_100": 4.4}
+"""Instructions of a thread that a device can issue while its memory moves a byte, by the published
+clocks and bandwidths of A100, H200 and B200."""
+
+MOST_ISSUE = 0.6
+"""Share of the issue slots from which arithmetic is expected to hold up the memory."""
+
+
+def resident_programs(entry: dict[str, Any]) -> int:
+    """Return how many programs fit on a processor by what they really use."""
+    # A warp's registers come in units of 256 from one of four files of 16384; 64 warps fit, and 32
+    # programs.
+    warp_registers = -(-entry["registers"] // 8) * 8 * 32
+    warps = min(64, 4 * (16384 // warp_registers))
+    by_shared = (entry["shared_limit"] + RESERVED_BYTES) // (entry["shared"] + RESERVED_BYTES)
+    return min(32, warps // entry["num_warps"], by_shared)
+
+
+def occupancy(entry: dict[str, Any]) -> dict[str, Any]:
+    """Return what an NVIDIA processor has of a kernel: programs, bytes in flight, instructions."""
+    constants = entry["constants"]
+    fit = resident_programs(entry)
+    working = min(fit, entry["counted"]) if entry["counted"] else fit
+    walks = constants.get("LOOPED") == 1 or "sums" in entry["kernel"]
+    rows, chunks = constants.get("ROWS", 1), 1 if walks else constants.get("CHUNKS", 1)
+    block = constants.get("BLOCK_N", constants.get("COLS"))
+    split = constants.get("FORM") == "split"
+    lanes = chunks * block
+    cols = min(lanes, entry["cols"]) if walks or split else entry["cols"]
+    # Copies of fewer than four bytes are not asynchronous, so nothing is fetched ahead.
+    ahead = constants.get("NUM_STAGES", 1) - 1 if "LDGSTS" in entry["machine"] else 0
+    per_thread = rows * lanes / (entry["num_warps"] * 32)
+    again = constants.get("FORM") == "reload" or constants.get("LOOPED") == 1
+    floor = entry["reads"] + entry["writes"]
+    return {
+        "programs": fit,
+        "in_flight": working * max(1, ahead) * rows * cols * entry["reads"],
+        "instructions_per_element": entry["instructions"] / per_thread * lanes / cols,
+        "floor_bytes": floor,
+        "moved_bytes": floor + (entry["reads"] if again else 0),
+    }
+
+
+def complaints(entry: dict[str, Any]) -> list[str]:
+    """Return why a kernel will not keep the memory of its device busy; empty where it will."""
+    found = []
+    if entry["spills"] or entry["stack"]:
+        found.append("spills")
+    if entry["shared"] > entry["shared_limit"]:
+        found.append("too much shared memory")
+    if entry["kind"] == "finalize" or "programs" not in entry:
+        return found
+    if entry["programs"] < entry["counted"]:
+        found.append(f"grid counts on {entry['counted']} programs, {entry['programs']} fit")
+    if entry["in_flight"] < SATURATING_BYTES:
+        found.append(f"{entry['in_flight'] / 1024:.0f} KB in flight")
+    resident_forward = entry["kind"] == "forward" and not entry["constants"].get("LOOPED")
+    if entry["programs"] == 1 and resident_forward:
+        found.append("one program: nothing loads while it stores")
+    slots = ISSUE_PER_BYTE[entry["arch"]] * entry["floor_bytes"]
+    if (share := entry["instructions_per_element"] / slots) > MOST_ISSUE:
+        found.append(f"{share:.0%} of the issue slots")
+    if entry["moved_bytes"] > entry["floor_bytes"]:
+        found.append("reads twice")
+    return found
+
+
+def inspect_all(work: list[Job], processes: int = 2) -> list[dict[str, Any]]:
+    """Inspect jobs in parallel; the entries come in the order of the jobs, target by target."""
+    parts = []
+    for arch in TARGETS:
+        mine = [job for job in work if job.arch == arch]
+        parts += [(arch, mine[i : i + 8]) for i in range(0, len(mine), 8)]
+    with multiprocessing.get_context("spawn").Pool(processes) as pool:
+        return list(itertools.chain.from_iterable(pool.starmap(inspect, parts, chunksize=1)))
+
+
+def describe(entry: dict[str, Any]) -> str:
+    """Return the name of an entry's rung, for reports."""
+    c = entry["constants"]
+    tile = f"{c.get('ROWS', 1)}x{c.get('CHUNKS', 1)}x{c.get('BLOCK_N', c.get('COLS'))}"
+    form = c.get("FORM") or ("looped" if c.get("LOOPED") else "")
+    stages = f"stages={c['NUM_STAGES']}" if "NUM_STAGES" in c else ""
+    dtype = entry["dtype"]
+    if entry["parameters"] != dtype:
+        dtype += "/" + entry["parameters"]
+    name = entry["kernel"].removeprefix("layer_norm_").removesuffix("_kernel")
+    name += f" {entry['terms']}" if entry["terms"] else ""
+    name += " dx only" if entry["kind"] == "backward_dx" else ""
+    name += f" ({entry['planted']})" if entry["planted"] else ""
+    return (
+        f"{entry['arch']:6} {name:20} {dtype:16} N={entry['cols']:<6} {tile:11} {form:8} "
+        f"warps={entry['num_warps']:<2} {stages:8}"
+    )
+
+
+def row(entry: dict[str, Any]) -> str:
+    """Return an entry as a line of the report."""
+    if "error" in entry:
+        return f"{entry['arch']:6} {entry['kind']} {entry['dtype']} N={entry['cols']} " + " ".join(
+            entry["error"].split()
+        )
+    line = (
+        f"{describe(entry)} reg={entry['registers']:<3} spills={entry['spills']:<3} "
+        f"shared={entry['shared']:<6} bar={entry['loop_barriers']}"
+    )
+    if "programs" in entry:
+        counted = f" of {entry['counted']}" if entry["counted"] else ""
+        widths = "/".join(
+            f"{opcode}{max(entry['machine'][opcode]) * 8}"
+            for opcode in _DEVICE_MEMORY
+            if opcode in entry["machine"]
+        )
+        line += (
+            f" programs={entry['programs']}{counted:5} flight={entry['in_flight'] / 1024:3.0f}KB "
+            f"instr/el={entry['instructions_per_element']:4.1f} "
+            f"bytes/el={entry['moved_bytes']}/{entry['floor_bytes']:<2} {widths}"
+        )
+    return f"{line}  {'; '.join(complaints(entry))}".rstrip()
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the report."""
+    parser.add_argument("--full", action="store_true", help="every rung, not the suite's selection")
+    parser.add_argument("--arch", action="append", choices=TARGETS)
+    parser.add_argument("--kind", action="append", choices=KINDS)
+    parser.add_argument("--dtype", action="append", choices=DTYPES)
+    parser.add_argument("--cols", action="append", type=int)
+    parser.add_argument("--terms", action="append", choices=TERMS)
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Print the report."""
+    if triton.knobs.runtime.interpret:
+        raise ValueError("unset TRITON_INTERPRET: interpreted kernels have no machine code")
+    work = [
+        job
+        for job in jobs(args.full)
+        if (not args.arch or job.arch in args.arch)
+        and (not args.kind or job.kind in args.kind)
+        and (not args.dtype or job.dtype in args.dtype)
+        and (not args.cols or job.cols in args.cols)
+        and (not args.terms or job.terms in args.terms)
+    ]
+    entries = inspect_all(work)
+    if args.json:
+        json.dump(entries, sys.stdout)
+        return 0
+    print(f"Triton {triton.__version__}")
+    for entry in entries:
+        print(row(entry))
+    weak = [e for e in entries if "error" not in e and not e["planted"] and complaints(e)]
+    print(f"\n{len(weak)} of {len(entries)} kernels will not saturate the memory; they are those")
+    print("with a remark at the end of their line.")
+    return 0

@@ -1,0 +1,214 @@
+"""Check and time every provider on every case."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from . import results, timing
+from .cases import DTYPES, Case, Inputs, draw, floor_bytes, wrong
+from .providers import Forward, Provider
+from .timing import Call, Measure
+
+COPY = "copy"
+"""The yardstick: it moves the bytes of the case's floor."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How long to measure.
+
+    Attributes:
+        rounds: Interleaved rounds of a case.
+        seconds: About what one contestant takes in one round.
+        calls: Calls that it makes at most in that time.
+        clock: What tells the time on a CPU: the wall's, or that of the process.
+    """
+
+    rounds: int
+    seconds: float
+    calls: int = 200
+    clock: timing.Clock = time.perf_counter
+
+
+def settings_for(device: torch.device, clock: str = "wall") -> Settings:
+    """Return the default settings: more rounds where other programs share the processor.
+
+    Raises:
+        ValueError: The time of the process cannot be used: it adds up the time of all threads.
+    """
+    if clock == "process":
+        if device.type != "cpu" or torch.get_num_threads() != 1:
+            raise ValueError("--clock process: expected --device cpu and --threads 1")
+        return Settings(11, 0.015, clock=time.process_time)
+    return Settings(5, 0.02) if device.type == "cuda" else Settings(11, 0.015)
+
+
+def measure(
+    cases: Sequence[Case],
+    providers: Sequence[Provider],
+    device: torch.device,
+    settings: Settings,
+    seed: int = 0,
+    progress: bool = True,
+) -> Iterator[results.Cell]:
+    """Yield a cell for each provider and for the yardstick of each case, as cases get done."""
+    from tqdm import tqdm
+
+    generator = torch.Generator(device).manual_seed(seed)
+    timing.warm_up(device)
+    for case in tqdm(cases, unit="case", disable=not progress):
+        yield from _measure_case(case, providers, device, settings, generator)
+
+
+def _measure_case(
+    case: Case,
+    providers: Sequence[Provider],
+    device: torch.device,
+    settings: Settings,
+    generator: torch.Generator,
+) -> list[results.Cell]:
+    # All contestants read the same memory: where its pages lie makes a difference of its own.
+    sets = timing.input_sets(floor_bytes(case), device)
+    inputs = [draw(case, device, generator) for _ in range(sets)]
+    cells = {COPY: _cell(case, COPY, device)}
+    contestants: dict[str, Measure] = {COPY: _copy(case, device, settings)}
+    for provider in providers:
+        if case.norm not in provider.norms:
+            continue
+        cells[provider.name] = cell = _cell(case, provider.name, device)
+        provider.new_case()
+        try:
+            with provider.scope(), _recording(case):
+                cell["note"] = check(case, provider, draw(case, device, generator))
+                cell["status"] = "wrong" if cell["note"] else "ok"
+                if not cell["note"]:
+                    contestants[provider.name] = contestant(case, provider, inputs, settings)
+        except Exception as error:  # a peer may fail in any way; the others go on
+            cell["status"] = "failed"
+            cell["note"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            contestants.pop(provider.name, None)
+    if device.type == "cuda":
+        timing.warm_up(device)
+    for name, seconds in timing.interleave(contestants, settings.rounds).items():
+        cells[name]["seconds"] = seconds
+    return list(cells.values())
+
+
+def _cell(case: Case, provider: str, device: torch.device) -> results.Cell:
+    return {
+        **asdict(case),
+        "threads": torch.get_num_threads() if device.type == "cpu" else 0,
+        "bytes": floor_bytes(case),
+        "provider": provider,
+        "status": "ok",
+        "note": "",
+        "seconds": {},
+    }
+
+
+def _recording(case: Case) -> AbstractContextManager[object]:
+    return torch.no_grad() if case.phase == "inference" else contextlib.nullcontext()
+
+
+def check(case: Case, provider: Provider, inputs: Inputs) -> str:
+    """Return what is wrong with a provider's results on these inputs, or nothing."""
+    outputs = provider.norms[case.norm](case, inputs)()
+    grads: Sequence[Tensor] = ()
+    if case.phase != "inference":
+        grads = torch.autograd.grad(outputs, inputs.leaves, inputs.grads)
+    return wrong(case, inputs, outputs, list(grads))
+
+
+def _call(case: Case, forward: Forward, inputs: Inputs) -> Call:
+    """Return what is timed of a phase."""
+    if case.phase == "backward":
+        return timing.backward_call(forward(), inputs.leaves, inputs.grads)
+    if case.phase == "both":
+        return lambda: torch.autograd.grad(forward(), inputs.leaves, inputs.grads)
+    return forward
+
+
+def contestant(
+    case: Case, provider: Provider, inputs: Sequence[Inputs], settings: Settings
+) -> Measure:
+    """Return what measures a provider on a case, in rotation over sets of inputs."""
+    device = inputs[0].x.device
+    norm = provider.norms[case.norm]
+    if device.type != "cuda":
+        calls = {"eager": _call(case, norm(case, inputs[0]), inputs[0])}
+        if provider.preallocated and (existing := provider.preallocated(case, inputs[0])):
+            calls["preallocated"] = existing
+        measure = _cpu_measure(calls, settings)
+    else:
+        stream = torch.cuda.Stream(device)
+        # Autograd runs a backward on the stream of its forward, so the capture needs both on one.
+        with torch.cuda.stream(stream):
+            bound = [_call(case, norm(case, each), each) for each in inputs]
+            measure = _cuda_measure(bound, stream, settings)
+
+    def in_scope() -> dict[str, float]:
+        with provider.scope(), _recording(case):
+            return dict(measure())
+
+    return in_scope
+
+
+def _copy(case: Case, device: torch.device, settings: Settings) -> Measure:
+    size = floor_bytes(case)
+    if device.type != "cuda":
+        chunk = case.rows * case.cols * DTYPES[case.dtype].itemsize
+        calls = {
+            "eager": timing.copy_call(size, device, chunk, preallocated=False),
+            "preallocated": timing.copy_call(size, device, chunk, preallocated=True),
+        }
+        return _cpu_measure(calls, settings)
+    stream = torch.cuda.Stream(device)
+    sets = timing.input_sets(size, device)
+    with torch.cuda.stream(stream):
+        copies = [timing.copy_call(size, device, size, preallocated=True) for _ in range(sets)]
+        return _cuda_measure(copies, stream, settings)
+
+
+def _cpu_measure(calls: dict[str, Call], settings: Settings) -> Measure:
+    counts = {}
+    for what, call in calls.items():
+        call()
+        counts[what] = timing.calls_within(call, settings.seconds, settings.calls, settings.clock)
+    return lambda: {
+        what: timing.median_seconds(call, counts[what], settings.clock)
+        for what, call in calls.items()
+    }
+
+
+def _cuda_measure(calls: list[Call], stream: torch.cuda.Stream, settings: Settings) -> Measure:
+    for call in calls * 2:
+        call()
+    stream.synchronize()
+    cycle = itertools.cycle(calls)
+    eager_call: Call = lambda: next(cycle)()  # noqa: E731
+    once = timing.loop_seconds(eager_call, 3, stream.synchronize)
+    count = max(1, min(settings.calls, int(settings.seconds / once)))
+    replays = max(1, min(settings.calls, int(settings.seconds / once / len(calls))))
+    device = timing.graph_seconds(calls, stream, replays)
+
+    def measure() -> dict[str, float]:
+        with torch.cuda.stream(stream):
+            eager = timing.loop_seconds(eager_call, count, stream.synchronize)
+            return {**device(), "eager": eager, **timing.do_bench_seconds(calls[0])}
+
+    return measure
+
+
+@functools.cache
+def asymptote(device: torch.device) -> float:
+    """Return the copy bandwidth that no case can exceed, in GB/s."""
+    return timing.asymptotic_bandwidth(device) / 1e9

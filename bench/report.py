@@ -1,0 +1,302 @@
+"""Results for people: the table, the plots, and one HTML page that opens without a network."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from tabulate import tabulate
+
+from .measure import COPY
+from .results import Cell, Results, by_case, case_name, metrics
+from .timing import ratio
+
+LABELS = {
+    "device": "device time, inputs not in the cache",
+    "eager": "one eager call, host included",
+    "preallocated": "forward or backward into memory that exists already",
+    "do_bench": "median of triton.testing.do_bench",
+}
+
+
+def providers(results: Results) -> list[str]:
+    """Return the providers that have a cell, in the order of the run."""
+    names = dict.fromkeys(cell["provider"] for cell in results["cells"])
+    return [name for name in names if name != COPY]
+
+
+def is_ours(provider: str) -> bool:
+    """Return whether a provider is this project."""
+    return provider.startswith("fusednorm")
+
+
+def share_of_copy(cells: dict[str, Cell], provider: str, what: str) -> float | None:
+    """Return the speed of a provider over that of the copy of as many bytes, or None."""
+    seconds, copy = (cells.get(name, {}).get("seconds", {}) for name in (provider, COPY))
+    if what not in seconds or what not in copy:
+        return None
+    return ratio(copy[what], seconds[what])[0]
+
+
+def best(cells: dict[str, Cell], what: str, ours: bool | None = None) -> str | None:
+    """Return the fastest provider of a case: of all, of ours, or of the others."""
+    timed = {
+        name: median(cell["seconds"][what])
+        for name, cell in cells.items()
+        if name != COPY and what in cell["seconds"] and (ours is None or is_ours(name) == ours)
+    }
+    return min(timed, key=timed.__getitem__) if timed else None
+
+
+def rows(results: Results, what: str) -> Iterator[list[str]]:
+    """Yield the rows of the table of one figure: a case, the copy, the providers, us / the best."""
+    names = providers(results)
+    for cells in by_case(results).values():
+        copy = cells[COPY]
+        if what not in copy["seconds"]:
+            continue
+        if not any(what in cell["seconds"] for name, cell in cells.items() if name != COPY):
+            continue
+        gbps = copy["bytes"] / median(copy["seconds"][what]) / 1e9
+        line = [case_name(copy), f"{gbps:.0f} GB/s"]
+        fastest = best(cells, what)
+        line += [_entry(cells, name, what, name == fastest) for name in names]
+        ours, theirs = best(cells, what, ours=True), best(cells, what, ours=False)
+        versus = ""
+        if ours and theirs:
+            factor, noise = ratio(cells[theirs]["seconds"][what], cells[ours]["seconds"][what])
+            versus = f"{factor:.2f}x ±{noise:.0%}"
+        yield [*line, versus]
+
+
+def _entry(cells: dict[str, Cell], name: str, what: str, fastest: bool) -> str:
+    cell = cells.get(name)
+    if cell is None:
+        return "-"
+    if cell["status"] != "ok":
+        return str(cell["status"]).upper()
+    if what not in cell["seconds"]:
+        return "-"
+    time = median(cell["seconds"][what])
+    share = share_of_copy(cells, name, what)
+    percent = "" if share is None else f" {share:.0%}"
+    return f"{_time(time)}{percent}{' *' if fastest else ''}"
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds * 1e6:.1f} us" if seconds < 1e-3 else f"{seconds * 1e3:.2f} ms"
+
+
+def headers(results: Results) -> list[str]:
+    """Return the headings of `rows`."""
+    return ["case", "copy", *providers(results), "ours vs best other"]
+
+
+def facts(results: Results) -> list[tuple[str, str]]:
+    """Return the environment, the yardstick and what is missing."""
+    lines = [(name, str(value)) for name, value in results["environment"].items()]
+    lines.append(("large copy", f"{results['copy_gbps']:.1f} GB/s"))
+    lines += [(name, f"missing: {why}") for name, why in results["missing"].items()]
+    return lines
+
+
+def problems(results: Results) -> list[str]:
+    """Return a line for every cell that was not timed."""
+    return [
+        f"{case_name(cell)}, {cell['provider']}: {cell['status']}: {cell['note']}"
+        for cell in results["cells"]
+        if cell["status"] != "ok"
+    ]
+
+
+LEGEND = (
+    "Percent: of the speed of a copy that moves as many bytes, the fewest that the case can move. "
+    "*: the fastest provider. Last column: the time of the best other provider over ours."
+)
+
+
+def table(results: Results, what: str) -> str:
+    """Return the table of one figure for a terminal."""
+    lines = [f"{LABELS[what]}:", tabulate(rows(results, what), headers(results))]
+    return "\n".join([*lines, LEGEND])
+
+
+def terminal(results: Results) -> str:
+    """Return the report for a terminal: the main figure, what failed and what is missing."""
+    parts = [tabulate(facts(results), tablefmt="plain")]
+    parts += [table(results, what) for what in metrics(results)[:1]]
+    parts += problems(results)
+    return "\n\n".join(parts)
+
+
+def plots(results: Results) -> dict[str, Any]:
+    """Return the figures that the results have points for, by name."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    # Words stay words, and the same results give the same file.
+    matplotlib.rcParams.update({"svg.hashsalt": "fusednorm", "font.size": 9})
+    what = metrics(results)[0]
+    figures = {}
+    for name, sweep, axis in (("bandwidth", "cols", "N"), ("latency", "rows", "M")):
+        panels = _panels(results, sweep, what)
+        if panels:
+            figures[name] = _figure(panels, sweep, axis, what, results)
+    return figures
+
+
+def _panels(results: Results, sweep: str, what: str) -> dict[str, dict[str, list[tuple[int, Any]]]]:
+    """Return for each panel, for each provider, its points in the order of the sweep."""
+    panels: dict[str, dict[str, list[tuple[int, Any]]]] = {}
+    for cells in by_case(results).values():
+        head = cells[COPY]
+        common = head["mode"] in ("layer_norm/forward", "layer_norm/backward")
+        if head["sweep"] != sweep or not common:
+            continue
+        title = f"{head['mode'].split('/')[1]}, {head['dtype']}"
+        if sweep == "rows":
+            title += f", N = {head['cols']}"
+        for name, cell in cells.items():
+            if what not in cell["seconds"]:
+                continue
+            if sweep == "cols":
+                value = 1.0 if name == COPY else share_of_copy(cells, name, what)
+            else:
+                value = median(cell["seconds"][what])
+            panels.setdefault(title, {}).setdefault(name, []).append((head[sweep], value))
+    return panels
+
+
+def _figure(
+    panels: dict[str, dict[str, list[tuple[int, Any]]]],
+    sweep: str,
+    axis: str,
+    what: str,
+    results: Results,
+) -> Any:
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter
+
+    across = min(2, len(panels))
+    down = -(-len(panels) // across)
+    figure = Figure(figsize=(5.2 * across, 3.4 * down + 0.6), layout="constrained")
+    # A provider has one colour in all panels; the yardstick is dashed and ours are thick.
+    names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
+    for place, (title, lines) in enumerate(panels.items()):
+        plot = figure.add_subplot(down, across, place + 1)
+        for name, points in lines.items():
+            xs, ys = zip(*sorted(points), strict=True)
+            scale = 100 if sweep == "cols" else 1e6
+            style = (
+                {"color": "0.5", "linestyle": "--"}
+                if name == COPY
+                else {
+                    "color": f"C{names.index(name)}",
+                    "marker": "o",
+                    "markersize": 3.5,
+                }
+            )
+            plot.plot(
+                xs,
+                [y * scale for y in ys],
+                label=name,
+                linewidth=2.2 if is_ours(name) else 1.2,
+                **style,
+            )
+        plot.set_xscale("log", base=2)
+        plot.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+        if sweep == "cols":
+            plot.set_ylim(bottom=0)
+            plot.set_ylabel("% of the speed of a copy")
+        else:
+            plot.set_yscale("log")
+            plot.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+            plot.set_ylabel("us a call")
+        plot.set_xlabel(axis)
+        plot.set_title(title)
+        plot.grid(alpha=0.3)
+    lines_of = dict(zip(*reversed(figure.axes[0].get_legend_handles_labels()), strict=True))
+    figure.legend(lines_of.values(), lines_of.keys(), loc="outside lower center", ncols=4)
+    figure.suptitle(f"{results['environment']['device']}: {LABELS[what]}")
+    return figure
+
+
+def _svg(figure: Any) -> str:
+    text = io.StringIO()
+    figure.savefig(text, format="svg", metadata={"Date": None})
+    return text.getvalue()
+
+
+_STYLE = """
+body { font: 14px/1.45 system-ui, sans-serif; max-width: 110em; margin: 2em auto; padding: 0 1em;
+  color: #222; background: #fff }
+table { border-collapse: collapse; margin: .5em 0 1.5em; font-variant-numeric: tabular-nums }
+th, td { padding: .2em .7em; border-bottom: 1px solid #ddd; text-align: right;
+  white-space: nowrap }
+th:first-child, td:first-child { text-align: left }
+thead th { border-bottom: 2px solid #888; position: sticky; top: 0; background: #fff }
+.best { background: #e2f3e4; font-weight: 600 } .bad { color: #b00020 }
+.facts td { text-align: left; border: 0; padding: .1em 1em .1em 0; white-space: normal }
+img { max-width: 100% } .scroll { overflow-x: auto }
+"""
+
+
+def _html_table(lines: list[list[str]], heading: list[str]) -> str:
+    def cell(text: str) -> str:
+        kind = "best" if text.endswith("*") else "bad" if text.isupper() else ""
+        mark = f' class="{kind}"' if kind else ""
+        return f"<td{mark}>{html.escape(text.removesuffix(' *'))}</td>"
+
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in heading)
+    body = "\n".join("<tr>" + "".join(map(cell, line)) + "</tr>" for line in lines)
+    return f"<table><thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table>"
+
+
+def page(results: Results, figures: dict[str, Any]) -> str:
+    """Return the HTML page, with the plots inside."""
+    device = html.escape(results["environment"]["device"])
+    parts = [f"<h1>fusednorm on {device}</h1>", f"<p>{html.escape(LEGEND)}</p>"]
+    for name, figure in figures.items():
+        data = base64.b64encode(_svg(figure).encode()).decode()
+        parts.append(f'<p><img alt="{name}" src="data:image/svg+xml;base64,{data}"></p>')
+    for what in metrics(results):
+        title = LABELS[what]
+        lines = list(rows(results, what))
+        parts.append(f"<h2>{html.escape(title[:1].upper() + title[1:])}</h2>")
+        parts.append(f'<div class="scroll">{_html_table(lines, headers(results))}</div>')
+    if failed := problems(results):
+        items = "".join(f"<li>{html.escape(line)}</li>" for line in failed)
+        parts.append(f"<h2>Not timed</h2><ul>{items}</ul>")
+    known = "".join(
+        f"<tr><td>{html.escape(name)}</td><td>{html.escape(value)}</td></tr>"
+        for name, value in facts(results)
+    )
+    parts.append(f'<h2>Where and with what</h2><table class="facts">{known}</table>')
+    body = "\n".join(parts)
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f"<title>fusednorm on {device}</title><style>{_STYLE}</style></head>\n"
+        f"<body>\n{body}\n</body></html>\n"
+    )
+
+
+def write(results: Results, path: Path) -> list[Path]:
+    """Write plots and page beside the results file `path`; return what was written."""
+    figures = plots(results)
+    written = []
+    for name, figure in figures.items():
+        for ending in ("png", "svg"):
+            target = path.with_name(f"{path.stem}-{name}.{ending}")
+            if ending == "svg":
+                target.write_text(_svg(figure), encoding="utf-8")
+            else:
+                figure.savefig(target, dpi=150)
+            written.append(target)
+    target = path.with_suffix(".html")
+    target.write_text(page(results, figures), encoding="utf-8")
+    return [*written, target]

@@ -1,0 +1,193 @@
+"""Clocks, loops and rounds: how long a call takes, without knowing what it calls.
+
+A contestant is a name and a function that returns the seconds of one call, measured once. Rounds
+interleave the contestants in rotating order, so that what drifts drifts for all of them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Call = Callable[[], Any]
+Clock = Callable[[], float]
+Measure = Callable[[], Mapping[str, float]]
+"""Returns seconds of one call by the name of what was measured."""
+
+WARM_UP = 0.5
+"""Seconds of copying before the first round, so that clocks have settled."""
+
+CACHES = 3
+"""Rotating inputs fill this many times the last cache of a GPU."""
+
+
+def interleave(
+    contestants: Mapping[str, Measure], rounds: int
+) -> dict[str, dict[str, list[float]]]:
+    """Measure every contestant once a round; each round starts with another one.
+
+    Returns:
+        For each contestant, for each thing that it measures, the seconds of the rounds.
+    """
+    names = list(contestants)
+    results: dict[str, dict[str, list[float]]] = {name: {} for name in names}
+    for turn in range(rounds):
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            for what, seconds in contestants[name]().items():
+                results[name].setdefault(what, []).append(seconds)
+    return results
+
+
+def spread(rounds: Sequence[float]) -> float:
+    """Return half of the interquartile range, as a share of the median."""
+    if len(rounds) < 2:
+        return 0.0
+    ordered = sorted(rounds)
+
+    def quantile(share: float) -> float:
+        place = share * (len(ordered) - 1)
+        low = int(place)
+        high = min(low + 1, len(ordered) - 1)
+        return ordered[low] + (place - low) * (ordered[high] - ordered[low])
+
+    return (quantile(0.75) - quantile(0.25)) / 2 / median(ordered)
+
+
+def ratio(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float]:
+    """Return ours / theirs, the median over rounds, and its spread.
+
+    Two contestants of one round saw the same machine, so that their ratio is steadier than either.
+    """
+    ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
+    return median(ratios), spread(ratios)
+
+
+def calls_within(call: Call, seconds: float, most: int, clock: Clock = time.perf_counter) -> int:
+    """Return how many calls fit into `seconds`, at least one and at most `most`."""
+    start = clock()
+    call()
+    return max(1, min(most, int(seconds / max(clock() - start, 1e-9))))
+
+
+def loop_seconds(
+    call: Call, calls: int, settle: Call = lambda: None, clock: Clock = time.perf_counter
+) -> float:
+    """Return the mean of a tight loop that ends when the device has: host time included."""
+    settle()
+    start = clock()
+    for _ in range(calls):
+        call()
+    settle()
+    return (clock() - start) / calls
+
+
+def median_seconds(call: Call, calls: int, clock: Clock = time.perf_counter) -> float:
+    """Return the median of single calls: on a CPU shared with others, a mean measures them too."""
+    seconds = []
+    for _ in range(calls):
+        start = clock()
+        call()
+        seconds.append(clock() - start)
+    return median(seconds)
+
+
+def graph_seconds(calls: Sequence[Call], stream: torch.cuda.Stream, replays: int) -> Measure:
+    """Capture the calls, one for each set of inputs, and return what times their replay.
+
+    The inputs of one call have left the cache by the time the next replay reads them again.
+    """
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for call in calls:
+            call()
+
+    def measure() -> dict[str, float]:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        graph.replay()
+        start.record()
+        for _ in range(replays):
+            graph.replay()
+        end.record()
+        end.synchronize()
+        return {"device": start.elapsed_time(end) / 1e3 / replays / len(calls)}
+
+    return measure
+
+
+def do_bench_seconds(call: Call) -> dict[str, float]:
+    """Return Triton's benchmark of the call, its median and the quantiles usually quoted."""
+    from triton.testing import do_bench
+
+    middle, low, high = do_bench(call, warmup=5, rep=20, quantiles=(0.5, 0.2, 0.8))
+    return {"do_bench": middle / 1e3, "do_bench_p20": low / 1e3, "do_bench_p80": high / 1e3}
+
+
+def copy_call(size: int, device: torch.device, chunk: int, preallocated: bool) -> Call:
+    """Return a call that copies `size` / 2 bytes, and so moves `size`.
+
+    Args:
+        size: Bytes read and written.
+        device: Where.
+        chunk: Bytes of one copy at most. Fresh memory of another size than that of the outputs of a
+            norm would not cost the same: from some size on it comes from the system each time.
+        preallocated: Whether it copies to memory of its own or to fresh memory, as `clone` does.
+    """
+    whole, rest = divmod(max(4, size // 2), chunk)
+    lengths = [chunk // 4] * whole + ([rest // 4] if rest >= 4 else [])
+    sources = [torch.randn(length, device=device) for length in lengths]
+    if not preallocated:
+
+        def clone() -> None:
+            for source in sources:
+                source.clone()
+
+        return clone
+    targets = [torch.empty_like(source) for source in sources]
+
+    def copy() -> None:
+        for target, source in zip(targets, sources, strict=True):
+            target.copy_(source)
+
+    return copy
+
+
+LARGE = {"cuda": 8 << 30, "cpu": 512 << 20}
+"""Bytes that a copy moves so that no cache matters."""
+
+
+def asymptotic_bandwidth(device: torch.device) -> float:
+    """Return the bytes a second of a copy much larger than any cache, the best of several."""
+    size = LARGE[device.type]
+    call = copy_call(size, device, size, preallocated=True)
+    settle = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
+    call()
+    return size / min(loop_seconds(call, 1, settle) for _ in range(9))
+
+
+def warm_up(device: torch.device) -> None:
+    """Copy until the clocks have settled."""
+    call = copy_call(64 << 20, device, 64 << 20, preallocated=True)
+    end = time.perf_counter() + WARM_UP
+    while time.perf_counter() < end:
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+def input_sets(size: int, device: torch.device) -> int:
+    """Return how many sets of inputs of a call that moves `size` bytes outgrow the cache."""
+    if device.type != "cuda":
+        return 1
+    cache = torch.cuda.get_device_properties(device).L2_cache_size
+    return max(2, min(200, -(-CACHES * cache // size)))
+
+
+def backward_call(outputs: Sequence[Tensor], leaves: Sequence[Tensor], grads: Any) -> Call:
+    """Return a call that differentiates what has been computed, again and again."""
+    return lambda: torch.autograd.grad(outputs, leaves, grads, retain_graph=True)

@@ -1,0 +1,168 @@
+"""Search the launch policy on a real device and propose it as a diff of config.py.
+
+The policy is a ladder of tiers for each direction and element size. For every N each candidate is
+checked against float64 and timed in interleaved rounds through the public API; a spill costs it
+its place. Nothing is tuned at run time: what wins is for a person to read and to commit.
+"""
+
+from __future__ import annotations
+
+import difflib
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from statistics import median
+from typing import Any, NamedTuple
+
+import torch
+
+from . import codegen, timing
+from .cases import DTYPES, Case, draw, floor_bytes
+from .measure import Settings, check, contestant
+from .providers import find
+
+CANDIDATES = tuple((per_thread, rows) for per_thread in (8, 16, 32, 64) for rows in (1, 2, 4))
+"""Elements and rows of a thread."""
+
+GAIN = 0.02
+"""A rung changes for at least this gain, and for more than the spread."""
+
+BYTES = 128 << 20
+"""Bytes of x: enough for every processor to reach its steady state."""
+
+
+class Rung(NamedTuple):
+    """What was measured at one N."""
+
+    cols: int
+    now: tuple[int, int]
+    seconds: Mapping[tuple[int, int], Sequence[float]]
+
+
+class Choice(NamedTuple):
+    """What a rung should be, and why."""
+
+    cols: int
+    best: tuple[int, int]
+    reason: str
+
+
+def choose(rung: Rung) -> Choice:
+    """Return the fastest candidate of a rung if it is worth a change, else what is there now."""
+    times = {candidate: median(rounds) for candidate, rounds in rung.seconds.items()}
+    best = min(times, key=times.__getitem__)
+    now = times.get(rung.now)
+    if now is None:
+        return Choice(rung.cols, best, f"N={rung.cols}: {times[best] * 1e6:.1f} us")
+    noise = timing.spread(rung.seconds[best]) + timing.spread(rung.seconds[rung.now])
+    if times[best] > now * (1 - max(GAIN, noise)):
+        return Choice(rung.cols, rung.now, "")
+    text = f"N={rung.cols}: {times[best] * 1e6:.1f} us, {now * 1e6:.1f} us before"
+    return Choice(rung.cols, best, text)
+
+
+def ladder(choices: Iterable[Choice]) -> list[tuple[int, int, int, str]]:
+    """Return (limit, per thread, rows, reason) of each tier: neighbours that agree become one."""
+    tiers: list[tuple[int, int, int, str]] = []
+    for choice in sorted(choices):
+        reason = choice.reason
+        if tiers and tiers[-1][1:3] == choice.best:
+            reason = "; ".join(filter(None, (tiers.pop()[3], reason)))
+        tiers.append((choice.cols, *choice.best, reason))
+    return tiers
+
+
+def rewrite(
+    text: str, direction: str, itemsize: int, tiers: Sequence[tuple[int, int, int, str]]
+) -> str:
+    """Return config.py with the tiers of a direction and an element size replaced.
+
+    Raises:
+        ValueError: The table is not where it is expected.
+    """
+    lines = text.splitlines()
+    try:
+        table = next(i for i, line in enumerate(lines) if line.startswith(direction.upper()))
+        first = next(i for i in range(table, len(lines)) if lines[i] == f"    {itemsize}: (")
+        last = next(i for i in range(first, len(lines)) if lines[i] == "    ),")
+    except StopIteration:
+        raise ValueError(f"tune: config.py has no {direction} tiers of {itemsize} bytes") from None
+    fresh = []
+    for limit, per_thread, rows, reason in tiers:
+        if reason:
+            fresh.append(f"        # {reason}")
+        fresh.append(f"        Tier({limit}, {per_thread}, {rows}),")
+    return "\n".join([*lines[: first + 1], *fresh, *lines[last:]]) + "\n"
+
+
+def diff(before: str, after: str) -> str:
+    """Return a unified diff of config.py."""
+    name = "triton_kernels/config.py"
+    lines = (before.splitlines(keepends=True), after.splitlines(keepends=True))
+    return "".join(difflib.unified_diff(*lines, f"a/{name}", f"b/{name}"))
+
+
+def measure_rung(
+    direction: str,
+    dtype: str,
+    cols: int,
+    device: torch.device,
+    settings: Settings,
+    generator: torch.Generator,
+) -> Rung | None:
+    """Time every candidate at one N that runs and is right; None where none is."""
+    (provider,), _ = find(["fusednorm-triton"], device)
+    rows = max(1, BYTES // (cols * DTYPES[dtype].itemsize))
+    case = Case(f"layer_norm/{direction}", rows, cols, dtype, dtype, "tune")
+    now = codegen.tier(direction, DTYPES[dtype].itemsize, cols)
+    sets = timing.input_sets(floor_bytes(case), device)
+    inputs = [draw(case, device, generator) for _ in range(sets)]
+    contestants: dict[Any, timing.Measure] = {}
+    for candidate in dict.fromkeys((now, *CANDIDATES)):
+        with codegen.forced_tier(direction, DTYPES[dtype].itemsize, candidate):
+            try:
+                with provider.scope():
+                    if check(case, provider, draw(case, device, generator)):
+                        continue
+                    made = contestant(case, provider, inputs, settings)
+            except Exception:  # too many registers or too much shared memory for the device
+                continue
+            contestants[candidate] = _forced(direction, dtype, candidate, made)
+    if not contestants:
+        return None
+    found = timing.interleave(contestants, settings.rounds)
+    return Rung(cols, now, {name: seconds["device"] for name, seconds in found.items()})
+
+
+def _forced(
+    direction: str, dtype: str, candidate: tuple[int, int], measure: timing.Measure
+) -> Callable[[], Mapping[str, float]]:
+    def forced() -> Mapping[str, float]:
+        with codegen.forced_tier(direction, DTYPES[dtype].itemsize, candidate):
+            return measure()
+
+    return forced
+
+
+def main(dtypes: Sequence[str] | None, direction: str | None, seconds: float) -> int:
+    """Search until the time is up; print the diff."""
+    from tqdm import tqdm
+
+    device = torch.device("cuda", 0)
+    generator = torch.Generator(device).manual_seed(0)
+    settings = Settings(5, 0.01)
+    before = after = codegen.policy_text()
+    end = time.monotonic() + seconds
+    for dtype in dtypes or ("bfloat16", "float32"):
+        itemsize = DTYPES[dtype].itemsize
+        for way in (direction,) if direction else ("forward", "backward"):
+            columns = codegen.resident_rungs(way, itemsize)
+            choices = []
+            for cols in tqdm(columns, desc=f"{way} {dtype}", unit="rung"):
+                now = codegen.tier(way, itemsize, cols)
+                if time.monotonic() > end:  # what was not measured stays
+                    choices.append(Choice(cols, now, ""))
+                elif rung := measure_rung(way, dtype, cols, device, settings, generator):
+                    choices.append(choose(rung))
+            after = rewrite(after, way, itemsize, ladder(choices))
+    print(diff(before, after) or "the policy stands: no rung gains more than its spread")
+    return 0

@@ -1,0 +1,408 @@
+"""The benchmark's arithmetic, refusals and files; real clocks belong in `bench selfcheck`."""
+
+from __future__ import annotations
+
+import math
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("tabulate")
+pytest.importorskip("tqdm")
+# Last, so that the installed package stays the one that is tested.
+sys.path.append(str(Path(__file__).parents[1]))
+
+from bench import compare, results, scaling, selfcheck, timing
+from bench.__main__ import main
+from bench.cases import MODES, NORMS, Case, cases, draw, floor_bytes
+from bench.measure import COPY, Settings, check, measure
+from bench.providers import Provider, bind, find
+
+CPU = torch.device("cpu")
+
+
+class Clock:
+    """A clock that only advances when told to."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def call(self, seconds: float) -> Callable[[], None]:
+        """Return a call that takes this long."""
+
+        def advance() -> None:
+            self.now += seconds
+
+        return advance
+
+
+def torch_provider() -> Provider:
+    """Return the provider that every device has."""
+    (provider,), _ = find(["torch"], CPU)
+    return provider
+
+
+# The harness.
+
+
+def test_rounds_rotate() -> None:
+    order: list[str] = []
+
+    def contestant(name: str) -> timing.Measure:
+        def measure() -> dict[str, float]:
+            order.append(name)
+            return {"eager": float(len(order))}
+
+        return measure
+
+    found = timing.interleave({name: contestant(name) for name in "abc"}, 3)
+    assert order == [*"abc", *"bca", *"cab"]
+    assert found["a"]["eager"] == [1.0, 6.0, 8.0]
+
+
+@pytest.mark.parametrize("loop", [timing.loop_seconds, timing.median_seconds])
+def test_planted_delay_shows(loop: Callable[..., float]) -> None:
+    """What takes 10 % longer is reported as 10 % slower, at any number of calls."""
+    clock = Clock()
+    for calls in (1, 7, 200):
+        base = loop(clock.call(0.25), calls, clock=clock)
+        slow = loop(clock.call(0.275), calls, clock=clock)
+        assert math.isclose(slow / base, 1.1)
+
+
+def test_ratio_is_taken_round_by_round() -> None:
+    """A machine that is three times as slow in some rounds is so for both."""
+    drift = [1.0, 3.0, 1.0, 2.0, 1.0]
+    base = [0.5 * factor for factor in drift]
+    slow = [0.55 * factor for factor in drift]
+    factor, noise = timing.ratio(slow, base)
+    assert math.isclose(factor, 1.1)
+    assert noise < 1e-12
+    assert timing.spread(base) > 0.2
+
+
+def test_number_of_calls() -> None:
+    clock = Clock()
+    assert timing.calls_within(clock.call(0.25), 1.0, 200, clock) == 4
+    assert timing.calls_within(clock.call(2.0), 1.0, 200, clock) == 1
+    assert timing.calls_within(clock.call(1e-6), 1.0, 200, clock) == 200
+
+
+def test_spread() -> None:
+    assert timing.spread([2.0]) == 0.0
+    assert timing.spread([1.0, 1.0, 1.0]) == 0.0
+    assert math.isclose(timing.spread([1.0, 2.0, 3.0, 4.0, 5.0]), 1 / 3)
+
+
+# The floor.
+
+
+@pytest.mark.parametrize(
+    ("mode", "expected"),
+    [
+        ("layer_norm/inference", 2 * 4096 * 1024 * 2 + 2 * 1024 * 4),
+        ("layer_norm/forward", 2 * 4096 * 1024 * 2 + 2 * 1024 * 4 + 8 * 4096),
+        ("layer_norm/backward", 3 * 4096 * 1024 * 2 + 3 * 1024 * 4 + 8 * 4096),
+        ("add/forward", 4 * 4096 * 1024 * 2 + 2 * 1024 * 4 + 8 * 4096),
+        ("add/backward", 4 * 4096 * 1024 * 2 + 3 * 1024 * 4 + 8 * 4096),
+        ("rms_norm/forward", 2 * 4096 * 1024 * 2 + 1024 * 4 + 4 * 4096),
+        ("frozen/backward", 3 * 4096 * 1024 * 2 + 1024 * 4 + 8 * 4096),
+    ],
+)
+def test_floor(mode: str, expected: int) -> None:
+    assert floor_bytes(Case(mode, 4096, 1024, "bfloat16", "float32")) == expected
+
+
+def test_both_phases_add_up() -> None:
+    for norm in NORMS:
+        parts = [floor_bytes(Case(f"{norm}/{p}", 64, 96)) for p in ("forward", "backward", "both")]
+        assert parts[0] + parts[1] == parts[2], norm
+
+
+# The check before the clock.
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("mode", MODES)
+def test_right_results_pass(mode: str, dtype: str) -> None:
+    """Torch and our own backends for the CPU are found right in every mode."""
+    generator = torch.Generator().manual_seed(0)
+    case = Case(mode, 64, 200, dtype, dtype)
+    for provider in find(None, CPU)[0]:
+        if provider.name in ("torch.compile", "fusednorm-triton"):
+            continue  # the one compiles for seconds, the other would be interpreted
+        with provider.scope(), torch.set_grad_enabled(case.phase != "inference"):
+            problem = check(case, provider, draw(case, CPU, generator))
+        assert problem == "", provider.name
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_planted_wrong_mean_is_refused(dtype: str) -> None:
+    """A mean that is one percent off is named as wrong, and not timed."""
+    case = Case("layer_norm/forward", 64, 200, dtype, dtype)
+    planted = selfcheck.planted(torch_provider())[-1]
+    cells = list(measure([case], [planted], CPU, Settings(2, 0.0), progress=False))
+    wrong = next(cell for cell in cells if cell["provider"] == "wrong mean")
+    assert wrong["status"] == "wrong"
+    assert "off by" in wrong["note"]
+    assert wrong["seconds"] == {}
+    assert len(next(cell for cell in cells if cell["provider"] == COPY)["seconds"]["eager"]) == 2
+
+
+@pytest.mark.parametrize("fault", ["nan", "one row", "gradient"])
+def test_other_planted_faults_are_refused(fault: str) -> None:
+    norm = torch_provider().norms["layer_norm"]
+
+    def faulty(inputs: Any, case: Case) -> torch.Tensor:
+        (z,) = norm(case, inputs)()
+        factor = torch.ones_like(z)
+        if fault == "nan":
+            factor[3, 5] = torch.nan
+        elif fault == "one row":
+            factor[3] = 1.1
+        else:
+            return z.detach() + 1.1 * (z - z.detach())
+        return z * factor
+
+    provider = Provider("faulty", "", {"layer_norm": bind(faulty)})
+    case = Case("layer_norm/both", 512, 200, "float32", "float32")
+    assert "off by" in check(case, provider, draw(case, CPU, torch.Generator().manual_seed(0)))
+
+
+def test_provider_that_raises_does_not_stop_the_others() -> None:
+    def broken(inputs: Any, case: Case) -> torch.Tensor:
+        raise RuntimeError("planted\nsecond line")
+
+    case = Case("layer_norm/forward", 8, 64, "float32", "float32")
+    both = [Provider("broken", "", {"layer_norm": bind(broken)}), torch_provider()]
+    cells = {c["provider"]: c for c in measure([case], both, CPU, Settings(2, 0.0), progress=False)}
+    assert cells["broken"]["status"] == "failed"
+    assert cells["broken"]["note"] == "RuntimeError: planted"
+    assert len(cells["torch"]["seconds"]["eager"]) == 2
+
+
+def test_missing_peers_are_named() -> None:
+    found, missing = find(None, CPU)
+    named = {provider.name for provider in found} | missing.keys()
+    assert named >= {"torch", "liger", "quack", "fla", "flash-attn", "apex", "transformer-engine"}
+    assert all(missing.values())
+
+
+# Files.
+
+
+def made_up(scale: float = 1.0, noise: float = 0.0) -> results.Results:
+    """Return results whose times are 10 us + 1 ns a row (forward) or three times that."""
+    cells = []
+    for case in cases(["bandwidth", "latency"], ["layer_norm/forward"], [("float32",) * 2], "cpu"):
+        for provider, factor in ((COPY, 1.0), ("torch", 3.0), ("fusednorm-triton", 2.0 * scale)):
+            base = factor * (10e-6 + 1e-9 * case.rows)
+            rounds = [base * (1 + noise * step) for step in (-1, 0, 1)]
+            cells.append(
+                vars(case)
+                | {"threads": 1, "bytes": floor_bytes(case), "provider": provider}
+                | {"status": "ok", "note": "", "seconds": {"eager": rounds}}
+            )
+    cells.append(
+        cells[1] | {"provider": "apex", "status": "wrong", "note": "z <off>", "seconds": {}}
+    )
+    return {
+        "schema": results.SCHEMA,
+        "environment": {"device": "A & B", "date": "2026-01-02 03:04 UTC", "commit": "abc"},
+        "providers": {"torch": "2"},
+        "missing": {"liger": "liger-kernel is not installed"},
+        "copy_gbps": 10.0,
+        "cells": cells,
+    }
+
+
+def test_results_survive_the_file(tmp_path: Path) -> None:
+    found = made_up()
+    path = results.path_of(found, tmp_path)
+    assert path.name == "a-b-2026-01-02.json"
+    results.save(found, path)
+    assert results.load(path) == found
+
+
+def test_compare_shows_what_moved_beyond_the_spread() -> None:
+    before, after = made_up(), made_up(scale=1.1)
+    moved = [c for c in compare.changes(before, after, "eager") if c.verdict]
+    assert {c.provider for c in moved} == {"fusednorm-triton"}
+    assert {c.verdict for c in moved} == {"slower"}
+    assert all(math.isclose(c.factor, 1.1) for c in moved)
+    assert {c.verdict for c in compare.changes(after, before, "eager")} == {"", "faster"}
+    noisy = compare.changes(made_up(noise=0.2), made_up(1.1, noise=0.2), "eager")
+    assert not any(c.verdict for c in noisy)
+    assert "slower" in compare.describe(before, after)
+
+
+def test_scaling_finds_the_line() -> None:
+    rows = [1, 16, 256, 4096]
+    found = scaling.fit(rows, [10e-6 + 2e-9 * row for row in rows])
+    assert math.isclose(found.fixed, 10e-6, rel_tol=1e-6)
+    assert math.isclose(found.slope, 2e-9, rel_tol=1e-6)
+    exact = scaling.fit([1, 10, 100], [3e-6, 30e-6, 300e-6])
+    assert math.isclose(exact.exponent, 1.0)
+    text = scaling.describe(made_up())
+    line = next(line for line in text.splitlines() if "fusednorm-triton" in line)
+    assert re.search(r"M\s+20\.00\s+2\.00\s+ns a row", line), line
+
+
+def test_scaling_by_threads() -> None:
+    """Three quarters of the work are shared by the threads."""
+    found = made_up()
+    found["cells"] = [
+        found["cells"][1]
+        | {"threads": threads, "seconds": {"eager": [1e-3 * (0.25 + 0.75 / threads)]}}
+        for threads in (1, 2, 4)
+    ]
+    assert "75% parallel" in scaling.describe(found)
+
+
+def test_report_opens_without_a_network(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from bench import report
+
+    path = tmp_path / "made-up.json"
+    written = {file.name for file in report.write(made_up(), path)}
+    assert written == {
+        *(f"made-up-{plot}.{kind}" for plot in ("bandwidth", "latency") for kind in ("png", "svg")),
+        "made-up.html",
+    }
+    page = path.with_suffix(".html").read_text(encoding="utf-8")
+    assert not re.search(r"https?:|<script|<link|@import|url\(", page)
+    sources = re.findall(r'(?:src|href)="([^"]*)"', page)
+    assert len(sources) == 2
+    assert all(source.startswith("data:image/svg+xml;base64,") for source in sources)
+    assert "A &amp; B" in page
+    assert "z &lt;off&gt;" in page
+    assert "missing: liger-kernel is not installed" in page
+
+
+def test_table_marks_the_best_and_sets_ours_against_it() -> None:
+    from bench import report
+
+    lines = report.table(made_up(), "eager").splitlines()
+    row = next(line for line in lines if "8192x1024" in line or "16384x1024" in line)
+    assert re.search(r"33%.*50% \*.*1\.50x", row), row
+    assert any("WRONG" in line for line in lines)
+
+
+# Bad input.
+
+WITHOUT_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--provider", "nobody"],
+        ["--provider", "liger", "--device", "cpu"],
+        ["--group", "nothing"],
+        ["--mode", "layer_norm"],
+        ["--threads", "0"],
+        ["--quick", "--full"],
+        ["nonsense"],
+        ["compare", "absent.json", "absent.json"],
+        ["scaling", "absent.json"],
+        ["report", "absent.json"],
+        ["--clock", "process", "--threads", "2"],
+        pytest.param(["--device", "cuda"], marks=WITHOUT_GPU),
+        pytest.param(["tune"], marks=WITHOUT_GPU),
+    ],
+    ids=" ".join,
+)
+def test_bad_input(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    threads = torch.get_num_threads()
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            main(arguments)
+    finally:
+        torch.set_num_threads(threads)
+    assert stopped.value.code == 2
+    complaint = capsys.readouterr().err.strip().splitlines()[-1]
+    assert re.match(r"(bench|python -m bench[\w -]*): ", complaint), complaint
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"schema": 0}', '{"schema": "1"}'])
+def test_file_of_another_schema(
+    tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "other.json"
+    path.write_text(text, encoding="utf-8")
+    for command in (["report"], ["scaling"], ["compare", str(path)]):
+        with pytest.raises(SystemExit) as stopped:
+            main([*command, str(path)])
+        assert stopped.value.code == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"bench: {path}: expected ")
+
+
+def test_run_from_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The smallest run leaves a file that `report` and `compare` read."""
+    monkeypatch.setattr("bench.cases.shapes", lambda *_: [(8, 64), (4, 96)])
+    monkeypatch.setattr(timing, "asymptotic_bandwidth", lambda _: 1e9)
+    monkeypatch.setattr(timing, "WARM_UP", 0.0)
+    path = tmp_path / "small.json"
+    arguments = ["--device", "cpu", "--mode", "layer_norm/forward", "--provider", "torch"]
+    assert main([*arguments, "--out", str(path)]) == 0
+    assert "one eager call" in capsys.readouterr().out
+    found = results.load(path)
+    assert {"device", "torch", "commit", "python", "date", "clock"} <= found["environment"].keys()
+    assert {(cell["rows"], cell["provider"]) for cell in found["cells"]} == {
+        (rows, provider) for rows in (8, 4) for provider in (COPY, "torch")
+    }
+    assert main(["report", str(path)]) == 0
+    assert main(["compare", str(path), str(path)]) == 0
+    assert "4 of 4 cells within the spread" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["scaling", str(path)])
+    assert "hold no sweep" in capsys.readouterr().err
+
+
+# Tuning.
+
+
+def test_tuning_proposes_what_gains_more_than_the_spread() -> None:
+    pytest.importorskip("triton")
+    from bench import codegen, tune
+
+    now, better = (32, 4), (16, 2)
+    gains = tune.choose(tune.Rung(1024, now, {now: [10e-6] * 3, better: [9e-6] * 3}))
+    noise = tune.choose(tune.Rung(2048, now, {now: [7e-6, 10e-6, 13e-6], better: [9e-6] * 3}))
+    assert gains.best == better
+    assert gains.reason == "N=1024: 9.0 us, 10.0 us before"
+    assert noise == tune.Choice(2048, now, "")
+    tiers = tune.ladder([noise, gains, tune.Choice(4096, now, "")])
+    assert [tier[:3] for tier in tiers] == [(1024, *better), (4096, *now)]
+    before = codegen.policy_text()
+    for direction in ("forward", "backward"):
+        for itemsize in (2, 4, 8):
+            after = tune.rewrite(before, direction, itemsize, tiers)
+            compile(after, "config.py", "exec")
+            assert "+        Tier(1024, 16, 2)," in tune.diff(before, after)
+            assert "+        # N=1024: 9.0 us, 10.0 us before" in tune.diff(before, after)
+    with pytest.raises(ValueError, match="no forward tiers of 3 bytes"):
+        tune.rewrite(before, "forward", 3, tiers)
+
+
+def test_forced_tier_is_undone() -> None:
+    pytest.importorskip("triton")
+    from bench import codegen
+    from fusednorm.triton_kernels.config import forward_config
+
+    arch = codegen.TARGETS["sm_90"][1]
+    usual = forward_config(1024, 2, arch)
+    with codegen.forced_tier("forward", 2, (8, 1)):
+        assert forward_config(1024, 2, arch) != usual
+    assert forward_config(1024, 2, arch) == usual
