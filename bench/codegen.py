@@ -243,8 +243,10 @@ def jobs(full: bool) -> Iterator[Job]:
                     yield Job(arch, kind, "bfloat16", "float32", cols)
                     yield Job(arch, kind, "float16", "float16", cols)
     for arch in TARGETS:
-        for terms in TERMS if full or arch == "sm_90" else ("everything",):
-            for cols in FEW if full or terms == "everything" else (4096,):
+        everywhere = full or arch == "sm_90"
+        for terms in TERMS if everywhere else ("everything",):
+            widths = FEW if full or (everywhere and terms == "everything") else (4096,)
+            for cols in widths if everywhere else (4096, 8192):
                 for kind in ("forward", "backward"):
                     yield Job(arch, kind, "bfloat16", "bfloat16", cols, terms=terms)
                     if full or terms == "everything":

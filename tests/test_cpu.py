@@ -11,10 +11,11 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from helpers import make_case, run
+from helpers import errors, fused, make_case, oracle, run
 from test_accuracy import (
     test_error_is_at_most_that_of_torch,
     test_error_without_weight_or_bias,
@@ -70,13 +71,14 @@ from test_layouts import (
     test_y_is_laid_out_as_torchs,
 )
 from test_terms import (
+    PAIRS,
+    make,
     test_dtype_of_the_stream,
     test_frozen_inputs,
     test_gradcheck,
     test_gradgradcheck,
     test_long_rows,
     test_opcheck,
-    test_pairs,
     test_start_of_a_stream_is_not_copied,
     test_unused_output,
     test_uses,
@@ -183,6 +185,18 @@ def test_rounding_is_to_nearest_even(
     values = torch.cat([low, middle, *beside])
     x = torch.cat([values, -values]).to(source).reshape(8, -1)
     torch.testing.assert_close(_as_stream(x, target), x.to(target), rtol=0, atol=0, equal_nan=True)
+
+
+# Terms
+
+
+@pytest.mark.parametrize("use", PAIRS)
+def test_pairs_in_double_precision(kernels: torch.device, use: dict[str, Any]) -> None:
+    """Any two terms go together; that each is accurate, the uses of them show."""
+    case = make((3, 7), 37, torch.float64, kernels, {"weight": False, "bias": False} | use)
+    truth = oracle(case)
+    for name, error in errors(run(fused, case), truth).items():
+        assert error <= 1e-13 * max(1.0, abs(truth[name]).max()), name
 
 
 # The ends of rows
