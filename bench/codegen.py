@@ -243,10 +243,14 @@ def jobs(full: bool) -> Iterator[Job]:
                     yield Job(arch, kind, "bfloat16", "float32", cols)
                     yield Job(arch, kind, "float16", "float16", cols)
     for arch in TARGETS:
-        everywhere = full or arch == "sm_90"
-        for terms in TERMS if everywhere else ("everything",):
-            widths = FEW if full or (everywhere and terms == "everything") else (4096,)
-            for cols in widths if everywhere else (4096, 8192):
+        thorough = full or arch == "sm_90"
+        for terms in TERMS if thorough else ("everything",):
+            widths: tuple[int, ...] = FEW
+            if not thorough:
+                widths = (4096, 8192)
+            elif not full and terms != "everything":
+                widths = (4096,)
+            for cols in widths:
                 for kind in ("forward", "backward"):
                     yield Job(arch, kind, "bfloat16", "bfloat16", cols, terms=terms)
                     if full or terms == "everything":
