@@ -257,7 +257,7 @@ MUTANTS = (
         "h += tl.load(residual_rows",
         "h -= tl.load(residual_rows",
         USES,
-        "Add & Norm-64-torch.float32",
+        "LayerScale-64-torch.float32",
     ),
     Mutant(
         "all samples take the terms of the first",
@@ -322,7 +322,7 @@ MUTANTS = (
         "dh += tl.load(dh_rows + cols[None, :]",
         "dh += 0 * tl.load(dh_rows + cols[None, :]",
         USES,
-        "Add & Norm-64-torch.float32",
+        "LayerScale-64-torch.float32",
     ),
     Mutant(
         "dx without gate",
