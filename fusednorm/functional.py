@@ -64,7 +64,7 @@ def layer_norm(
         tensor([[-1.3416, -0.4472,  0.4472,  1.3416]])
     """
     shape, eps = check_norm("layer_norm", input, normalized_shape, weight, bias, eps)
-    if backends.select(input) == "torch" and not autograd.transforms_active():
+    if input.is_cpu and backends.select(input) == "torch" and not autograd.transforms_active():
         # What small tensors cost on a CPU is what Python runs before torch's operator does.
         dtype = input.dtype
         if (weight is None or weight.dtype == dtype) and (bias is None or bias.dtype == dtype):
