@@ -20,7 +20,7 @@ from setuptools.command.build_ext import build_ext
 
 CHOICES = ("none", "cpu", "cuda", "auto")
 SOURCES = ["csrc/cpu_ops.cpp", "csrc/cpu/levels.cpp", "csrc/cpu/portable.cpp"]
-HEADERS = ["layer_norm.h", "levels.h", "kernels.h", "simd.h"]
+HEADERS = ["equation.h", "cpu/layer_norm.h", "cpu/levels.h", "cpu/kernels.h", "cpu/simd.h"]
 # What each build of the kernels may use; the extension chooses when it is loaded.
 LEVEL_FLAGS = {
     "csrc/cpu/avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
@@ -60,7 +60,7 @@ def extension() -> Extension:
     return Extension(
         "fusednorm._C",
         SOURCES,
-        depends=[f"csrc/cpu/{header}" for header in HEADERS],
+        depends=[f"csrc/{header}" for header in HEADERS],
         include_dirs=["csrc", str(root / "include")],
         library_dirs=[str(root / "lib")],
         libraries=["torch", "torch_cpu"],

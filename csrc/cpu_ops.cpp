@@ -20,14 +20,14 @@
 
 namespace {
 
+using fusednorm::DType;
+using fusednorm::Forward;
+using fusednorm::Problem;
+using fusednorm::Rows;
+using fusednorm::Term;
 using fusednorm::cpu::Backward;
-using fusednorm::cpu::DType;
 using fusednorm::cpu::Fold;
-using fusednorm::cpu::Forward;
 using fusednorm::cpu::Kernels;
-using fusednorm::cpu::Problem;
-using fusednorm::cpu::Rows;
-using fusednorm::cpu::Term;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 

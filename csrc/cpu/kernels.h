@@ -14,14 +14,14 @@
 
 namespace {
 
+using fusednorm::Dropout;
+using fusednorm::DType;
+using fusednorm::Forward;
+using fusednorm::Problem;
+using fusednorm::Rows;
+using fusednorm::Term;
 using fusednorm::cpu::Backward;
-using fusednorm::cpu::Dropout;
-using fusednorm::cpu::DType;
 using fusednorm::cpu::Fold;
-using fusednorm::cpu::Forward;
-using fusednorm::cpu::Problem;
-using fusednorm::cpu::Rows;
-using fusednorm::cpu::Term;
 
 // Memory for one row, or a few, of a thread's own, allocated when it is first asked for.
 template <class C>

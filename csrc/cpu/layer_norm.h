@@ -1,72 +1,13 @@
-// The CPU kernels as any program can call them: pointers, sizes and strides, no torch.
-//
-//     h = residual + gate * dropout(x)    x_hat = (h - mean) * rstd    y = x_hat * weight + bias
-//     z = y * (1 + scale) + shift
-//
-// triton_kernels/README.md derives the statistics and the gradients. Statistics and sums are in the
-// compute type C: double where x or h is double, float otherwise.
+// The CPU kernels as any program can call them.
 #pragma once
 
 #include <cstdint>
 
+#include "../equation.h"
+
 namespace fusednorm::cpu {
 
-enum class DType : int32_t { none, f16, bf16, f32, f64 };
-
-// [M, N] with adjacent columns and rows `stride` elements apart; absent where data is null.
-struct Rows {
-  void* data = nullptr;
-  int64_t stride = 0;
-  DType dtype = DType::none;
-  bool beyond_cache = false;  // an output too large to be found in cache by who reads it
-};
-
-// A vector [N], or one number that stands for N equal ones, for each sample of consecutive rows;
-// samples are `stride` elements apart, 0 where one serves all rows. Absent where data is null.
-struct Term {
-  const void* data = nullptr;
-  int64_t stride = 0;
-  bool is_number = false;
-  DType dtype = DType::none;
-};
-
-// Element (row, column) of x is dropped if word column % 4 of Philox 4x32-10 with counter
-// (column / 4, row) and key `seed` is below `drop_below`, and divided by 1 - p otherwise.
-struct Dropout {
-  const int64_t* seed = nullptr;  // null without dropout
-  uint32_t drop_below = 0;
-  double inverse_keep = 1.0;  // 1 / (1 - p)
-};
-
-struct Problem {
-  int64_t rows = 0;             // M
-  int64_t cols = 0;             // N
-  int64_t rows_per_sample = 0;  // M where no term differs between samples
-  bool rms = false;             // whether the mean is taken as 0
-  DType compute = DType::f32;
-  DType x_hat_dtype = DType::none;  // what x_hat is rounded to before the affine part
-  Dropout dropout;
-  Term gate, weight, bias, scale;
-};
-
-struct Forward : Problem {
-  double eps = 0.0;
-  Term shift;
-  Rows x, residual;
-  DType h_dtype = DType::none;  // what h is rounded to; none where h is x
-  Rows h;                       // written where present
-  Rows z;
-  void* mean = nullptr;  // [M] of C, or null
-  void* rstd = nullptr;  // [M] of C, or null
-};
-
-struct Backward : Problem {
-  Rows dz, dh;                 // at least one of them
-  Rows h;                      // what the forward normalised
-  Rows x;                      // needed for dgate only
-  const void* mean = nullptr;  // [M] of C; null for RMS
-  const void* rstd = nullptr;  // [M] of C
-  Rows dx, dresidual;          // written where present
+struct Backward : fusednorm::Backward {
   // Where present: [tasks, N] of C, the sums over the rows of a task.
   void* dweight = nullptr;
   void* dbias = nullptr;

@@ -259,8 +259,8 @@ ALWAYS_INLINE C add_lanes(VectorOf<C, n> value) {
 
 // Calls f with a value of the element type that `dtype` names.
 template <class F>
-ALWAYS_INLINE void with_type(fusednorm::cpu::DType dtype, F&& f) {
-  using fusednorm::cpu::DType;
+ALWAYS_INLINE void with_type(fusednorm::DType dtype, F&& f) {
+  using fusednorm::DType;
   switch (dtype) {
     case DType::f16: return f(f16{});
     case DType::bf16: return f(bf16{});
@@ -272,8 +272,8 @@ ALWAYS_INLINE void with_type(fusednorm::cpu::DType dtype, F&& f) {
 
 // Rounds to the type that `dtype` names and back; leaves the value alone where that is none.
 template <class C>
-ALWAYS_INLINE Vector<C> rounded(Vector<C> value, fusednorm::cpu::DType dtype) {
-  using fusednorm::cpu::DType;
+ALWAYS_INLINE Vector<C> rounded(Vector<C> value, fusednorm::DType dtype) {
+  using fusednorm::DType;
   if (__builtin_expect(dtype == DType::none, 1)) return value;
   with_type(dtype, [&](auto type) {
     decltype(type) elements[lanes<C>];
