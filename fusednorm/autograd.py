@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fusednorm import ops, reference
 from fusednorm.reference import Spec
@@ -24,25 +25,20 @@ _Parameters = tuple[Any, Any, Any, Any, Any, Any]
 
 _DIFFERENTIABLE = 7
 
+PLAIN = frozenset({Tensor, torch.nn.Parameter})
+"""Tensors without rules of their own."""
+
 
 def transforms_active() -> bool:
     """Return whether a `torch.func` transform or forward-mode AD is in progress."""
-    return torch._C._are_functorch_transforms_active() or forward_ad_active()
-
-
-def forward_ad_active() -> bool:
-    """Return whether forward-mode AD is in progress."""
-    return torch.autograd.forward_ad._current_level >= 0
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def plain(*tensors: Tensor | None) -> bool:
     """Return whether the tensors may skip the dispatcher: no subclass, tracing or dispatch mode."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return False
-    return all(
-        tensor is None or type(tensor) is Tensor or type(tensor) is torch.nn.Parameter
-        for tensor in tensors
-    )
+    return all(tensor is None or type(tensor) in PLAIN for tensor in tensors)
 
 
 def _save(

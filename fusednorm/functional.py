@@ -7,16 +7,19 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import has_torch_function_variadic
 
 from fusednorm import autograd, backends, reference
 from fusednorm.reference import Spec
 from fusednorm.validation import (
+    DTYPES,
     check_dropout,
     check_norm,
     check_residual,
     check_residual_dtype,
     check_terms,
     fail,
+    is_shape,
 )
 
 # Devices on which autocast runs layer norm in float32; elsewhere it leaves the dtype alone.
@@ -63,12 +66,29 @@ def layer_norm(
         >>> fusednorm.layer_norm(x, 4)
         tensor([[-1.3416, -0.4472,  0.4472,  1.3416]])
     """
+    # What a small tensor costs on a CPU is the Python before torch's operator. These are the rules
+    # that torch has not or learns of too late; by the others it refuses before it allocates.
+    if (
+        type(input) is Tensor
+        and input.is_cpu
+        and (dtype := input.dtype) in DTYPES
+        and input.layout is torch.strided
+        and (
+            weight is None
+            or (type(weight) in autograd.PLAIN and weight.dtype is dtype and weight.is_cpu)
+        )
+        and (bias is None or (type(bias) in autograd.PLAIN and bias.dtype is dtype and bias.is_cpu))
+        and type(eps) is float
+        and is_shape(normalized_shape)
+        and not has_torch_function_variadic(input, weight, bias)
+        and not autograd.transforms_active()
+        and backends.select(input) == "torch"
+    ):
+        try:
+            return torch.layer_norm(input, normalized_shape, weight, bias, eps)
+        except RuntimeError:
+            pass  # the checks below say why
     shape, eps = check_norm("layer_norm", input, normalized_shape, weight, bias, eps)
-    if input.is_cpu and backends.select(input) == "torch" and not autograd.transforms_active():
-        # What small tensors cost on a CPU is what Python runs before torch's operator does.
-        dtype = input.dtype
-        if (weight is None or weight.dtype == dtype) and (bias is None or bias.dtype == dtype):
-            return F.layer_norm(input, shape, weight, bias, eps)
     return _norm("layer_norm", input, weight, bias, shape, eps, rms=False)
 
 

@@ -66,7 +66,13 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalise `input`, of shape `(*, *normalized_shape)`; the result has its shape."""
-        return layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
+        # As attributes they would be searched for everywhere else first, for a microsecond.
+        parameters = self._parameters
+        try:
+            weight, bias = parameters["weight"], parameters["bias"]
+        except KeyError:  # pruned, or computed from other parameters
+            weight, bias = self.weight, self.bias
+        return layer_norm(input, self.normalized_shape, weight, bias, self.eps)
 
 
 class RMSNorm(nn.RMSNorm):

@@ -31,11 +31,16 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 class _NoOperators(TorchDispatchMode):
-    """Fails on every operator: nothing may be allocated, computed or written."""
+    """Fails on every operator: nothing may be allocated, computed or written.
+
+    Shapes may be left to torch's norm, which must refuse them, and does so before it allocates.
+    """
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> object:
+        if func is torch.ops.aten.native_layer_norm.default:
+            func(*args, **kwargs or {})
         raise AssertionError(f"{func} ran before the arguments were checked")
 
 
@@ -246,6 +251,35 @@ def test_nested_tensor() -> None:
     )
     with backends.use("triton"), pytest.raises((ValueError, TypeError), match="expected"):
         fusednorm.layer_norm(nested, 4)
+
+
+@pytest.mark.parametrize("shape", [(5,), (2, 2, 4)], ids=str)
+def test_torch_refuses_before_it_allocates(shape: tuple[int, ...]) -> None:
+    """What the fast way through torch's norm leaves to it costs no memory when it is wrong."""
+    x, weight = _ones(2, 4), _ones(*shape)
+    with torch.profiler.profile(profile_memory=True) as profile:  # type: ignore[no-untyped-call]
+        for arguments in ((x, shape), (x, (4,), weight), (x, (4,), None, weight)):
+            with pytest.raises(ValueError, match="expected"):
+                fusednorm.layer_norm(*arguments)  # type: ignore[arg-type]
+    ran = {(event.name, event.cpu_memory_usage) for event in profile.events()}  # type: ignore[union-attr]
+    assert ran == {("aten::layer_norm", 0), ("aten::native_layer_norm", 0)}
+
+
+def test_sizes_that_torch_would_take() -> None:
+    """The fast way through torch's norm takes nothing that the checks refuse."""
+    x, sizes = _ones(2, 4), (torch.tensor(4),)
+    assert F.layer_norm(x, sizes).shape == (2, 4)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="expected normalized_shape to be an int or"):
+        fusednorm.layer_norm(x, sizes)  # type: ignore[arg-type]
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_strided_nested_tensor() -> None:
+    """Torch's encoder layers make them in inference, and give them to their norms."""
+    rows = [torch.randn(2, 4), torch.randn(3, 4)]
+    norm, x = fusednorm.LayerNorm(4), torch.nested.nested_tensor(rows)
+    expected = F.layer_norm(torch.cat(rows), (4,))
+    torch.testing.assert_close(torch.cat(norm(x).unbind()), expected)
 
 
 def test_too_many_arguments() -> None:
