@@ -74,12 +74,12 @@ def _parser() -> argparse.ArgumentParser:
 
     report = add("report", _report, "print, plot and render results")
     report.add_argument("results", type=Path)
-    report.add_argument("--metric", choices=("device", "eager", "preallocated", "do_bench"))
+    report.add_argument("--metric", choices=results.METRICS)
 
     compare = add("compare", _compare, "show what changed beyond the spread")
     compare.add_argument("before", type=Path)
     compare.add_argument("after", type=Path)
-    compare.add_argument("--metric", choices=("device", "eager", "preallocated", "do_bench"))
+    compare.add_argument("--metric", choices=results.METRICS)
 
     scaling = add("scaling", _scaling, "fit how time grows with M, N and threads")
     scaling.add_argument("results", type=Path, nargs="?", help="fit these; else measure")
@@ -259,7 +259,8 @@ def _selfcheck(args: argparse.Namespace) -> int:
     from .measure import settings_for
 
     device = _device(args)
-    settings = replace(settings_for(device, args.clock), rounds=41)
+    settings = settings_for(device, args.clock)
+    settings = replace(settings, rounds=selfcheck.ROUNDS[device.type], seconds=0.002)
     return 0 if selfcheck.run(device, settings) else 1
 
 

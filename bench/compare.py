@@ -5,8 +5,7 @@ from __future__ import annotations
 from statistics import median
 from typing import NamedTuple
 
-from tabulate import tabulate
-
+from . import text
 from .results import Results, by_case, case_name, metrics
 from .timing import spread
 
@@ -64,12 +63,14 @@ def describe(before: Results, after: Results, what: str | None = None) -> str:
         lines.append(f"{name}: {facts['device']}, {facts['date']}, commit {facts['commit']}")
     moved = [change for change in found if change.verdict]
     rows = [
-        (c.case, c.provider, c.before * 1e6, c.after * 1e6, c.factor, c.noise, c.verdict)
+        [
+            *(c.case, c.provider, f"{c.before * 1e6:.1f}", f"{c.after * 1e6:.1f}"),
+            *(f"{c.factor:.3f}", f"{c.noise:.1%}", c.verdict),
+        ]
         for c in moved
     ]
     if rows:
         headers = ("case", "provider", "A us", "B us", "B/A", "spread", "")
-        formats = ("", "", ".1f", ".1f", ".3f", ".1%", "")
-        lines.append(tabulate(rows, headers, floatfmt=formats))
+        lines.append(text.table(rows, headers))
     lines.append(f"{what}: {len(found) - len(moved)} of {len(found)} cells within the spread")
     return "\n".join(lines)

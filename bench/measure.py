@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from . import results, timing
+from . import results, text, timing
 from .cases import DTYPES, Case, Inputs, draw, floor_bytes, wrong
 from .providers import Forward, Provider
 from .timing import Call, Measure
@@ -61,11 +61,9 @@ def measure(
     progress: bool = True,
 ) -> Iterator[results.Cell]:
     """Yield a cell for each provider and for the yardstick of each case, as cases get done."""
-    from tqdm import tqdm
-
     generator = torch.Generator(device).manual_seed(seed)
     timing.warm_up(device)
-    for case in tqdm(cases, unit="case", disable=not progress):
+    for case in text.progress(cases, "case") if progress else cases:
         yield from _measure_case(case, providers, device, settings, generator)
 
 
@@ -144,10 +142,7 @@ def contestant(
     device = inputs[0].x.device
     norm = provider.norms[case.norm]
     if device.type != "cuda":
-        calls = {"eager": _call(case, norm(case, inputs[0]), inputs[0])}
-        if provider.preallocated and (existing := provider.preallocated(case, inputs[0])):
-            calls["preallocated"] = existing
-        measure = _cpu_measure(calls, settings)
+        measure = _cpu_measure(_call(case, norm(case, inputs[0]), inputs[0]), settings)
     else:
         stream = torch.cuda.Stream(device)
         # Autograd runs a backward on the stream of its forward, so the capture needs both on one.
@@ -166,27 +161,18 @@ def _copy(case: Case, device: torch.device, settings: Settings) -> Measure:
     size = floor_bytes(case)
     if device.type != "cuda":
         chunk = case.rows * case.cols * DTYPES[case.dtype].itemsize
-        calls = {
-            "eager": timing.copy_call(size, device, chunk, preallocated=False),
-            "preallocated": timing.copy_call(size, device, chunk, preallocated=True),
-        }
-        return _cpu_measure(calls, settings)
+        return _cpu_measure(timing.copy_call(size, device, chunk, fresh=True), settings)
     stream = torch.cuda.Stream(device)
     sets = timing.input_sets(size, device)
     with torch.cuda.stream(stream):
-        copies = [timing.copy_call(size, device, size, preallocated=True) for _ in range(sets)]
+        copies = [timing.copy_call(size, device, size) for _ in range(sets)]
         return _cuda_measure(copies, stream, settings)
 
 
-def _cpu_measure(calls: dict[str, Call], settings: Settings) -> Measure:
-    counts = {}
-    for what, call in calls.items():
-        call()
-        counts[what] = timing.calls_within(call, settings.seconds, settings.calls, settings.clock)
-    return lambda: {
-        what: timing.median_seconds(call, counts[what], settings.clock)
-        for what, call in calls.items()
-    }
+def _cpu_measure(call: Call, settings: Settings) -> Measure:
+    call()
+    count = timing.calls_within(call, settings.seconds, settings.calls, settings.clock)
+    return lambda: {"eager": timing.median_seconds(call, count, settings.clock)}
 
 
 def _cuda_measure(calls: list[Call], stream: torch.cuda.Stream, settings: Settings) -> Measure:

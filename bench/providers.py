@@ -37,7 +37,6 @@ class Provider:
         version: Of its package.
         norms: What it can compute, by the keys of `cases.NORMS`.
         scope: What has to be entered around its calls.
-        preallocated: The same forward into outputs that exist already, where its API has one.
         new_case: What to do before each case.
     """
 
@@ -45,7 +44,6 @@ class Provider:
     version: str
     norms: dict[str, Norm]
     scope: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext
-    preallocated: Callable[[Case, Inputs], Callable[[], object] | None] | None = None
     new_case: Callable[[], None] = lambda: None
 
 
@@ -71,26 +69,7 @@ def _torch(device: torch.device) -> Provider:
         return lambda: compose(case, inputs)
 
     norms = dict.fromkeys(ALL, norm)
-    return Provider("torch", torch.__version__, norms, preallocated=_torch_preallocated)
-
-
-def _torch_preallocated(case: Case, inputs: Inputs) -> Callable[[], object] | None:
-    """Return torch's layer norm into existing outputs; its autograd has no such form."""
-    if case.norm != "layer_norm" or case.phase == "both":
-        return None
-    x, shape = inputs.x.detach(), (case.cols,)
-    assert inputs.weight is not None
-    assert inputs.bias is not None
-    weight, bias = inputs.weight.detach(), inputs.bias.detach()
-    z, mean, rstd = torch.native_layer_norm(x, shape, weight, bias, EPS)
-    if case.phase != "backward":
-        forward = torch.ops.aten.native_layer_norm.out
-        return lambda: forward(x, shape, weight, bias, EPS, out0=z, out1=mean, out2=rstd)
-    given = (inputs.grads[0], x, shape, mean, rstd, weight, bias, [True, True, True])
-    outs = torch.ops.aten.native_layer_norm_backward(*given)
-    out = {f"out{i}": tensor for i, tensor in enumerate(outs)}
-    backward = torch.ops.aten.native_layer_norm_backward.out
-    return lambda: backward(*given, **out)
+    return Provider("torch", torch.__version__, norms)
 
 
 def _compiled(device: torch.device, mode: str | None = None) -> Provider:
@@ -127,6 +106,9 @@ def _fusednorm(backend: str) -> Callable[[torch.device], Provider]:
 
     return make
 
+
+BACKENDS = ("triton", "cuda", "cpu", "torch")
+"""Ours; one that this version or this machine does not have is named as missing."""
 
 OURS: dict[str, Norm] = {
     "layer_norm": bind(lambda i, c: fusednorm.layer_norm(i.x, c.cols, i.weight, i.bias, EPS)),
@@ -296,7 +278,7 @@ MAKERS: dict[str, Callable[[torch.device], Provider]] = {
     "torch": _torch,
     "torch.compile": _compiled,
     "torch.compile-max-autotune": lambda device: _compiled(device, "max-autotune-no-cudagraphs"),
-    **{f"fusednorm-{backend}": _fusednorm(backend) for backend in backends.NAMES},
+    **{f"fusednorm-{backend}": _fusednorm(backend) for backend in BACKENDS},
     "liger": _liger,
     "quack": _quack,
     "fla": _fla,

@@ -5,13 +5,15 @@ from __future__ import annotations
 import base64
 import html
 import io
+import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
-from statistics import median
+from statistics import geometric_mean, median
 from typing import Any
 
-from tabulate import tabulate
-
+from . import text
+from .cases import PHASES
 from .measure import COPY
 from .results import Cell, Results, by_case, case_name, metrics
 from .timing import ratio
@@ -19,7 +21,6 @@ from .timing import ratio
 LABELS = {
     "device": "device time, inputs not in the cache",
     "eager": "one eager call, host included",
-    "preallocated": "forward or backward into memory that exists already",
     "do_bench": "median of triton.testing.do_bench",
 }
 
@@ -74,6 +75,22 @@ def rows(results: Results, what: str) -> Iterator[list[str]]:
         yield [*line, versus]
 
 
+def summary(results: Results, what: str) -> list[str]:
+    """Return a line for each phase: the geometric mean of the best other's time over ours."""
+    factors: dict[str, list[float]] = {}
+    for cells in by_case(results).values():
+        ours, theirs = best(cells, what, ours=True), best(cells, what, ours=False)
+        if ours and theirs:
+            times = (cells[name]["seconds"][what] for name in (theirs, ours))
+            factors.setdefault(cells[COPY]["mode"].split("/")[1], []).append(ratio(*times)[0])
+    return [
+        f"{phase}: {geometric_mean(found):.2f}x as fast as the best other provider "
+        f"(geometric mean), faster in {sum(factor > 1 for factor in found)} of {len(found)} cases"
+        for phase in PHASES
+        if (found := factors.get(phase))
+    ]
+
+
 def _entry(cells: dict[str, Cell], name: str, what: str, fastest: bool) -> str:
     cell = cells.get(name)
     if cell is None:
@@ -85,7 +102,7 @@ def _entry(cells: dict[str, Cell], name: str, what: str, fastest: bool) -> str:
     time = median(cell["seconds"][what])
     share = share_of_copy(cells, name, what)
     percent = "" if share is None else f" {share:.0%}"
-    return f"{_time(time)}{percent}{' *' if fastest else ''}"
+    return f"{_time(time)}{percent}{' *' if fastest else '  '}"
 
 
 def _time(seconds: float) -> str:
@@ -116,19 +133,20 @@ def problems(results: Results) -> list[str]:
 
 LEGEND = (
     "Percent: of the speed of a copy that moves as many bytes, the fewest that the case can move. "
-    "*: the fastest provider. Last column: the time of the best other provider over ours."
+    "{mark}: the fastest provider. Last column: the time of the best other provider over ours, the "
+    "median of the rounds and half of their interquartile range."
 )
 
 
 def table(results: Results, what: str) -> str:
     """Return the table of one figure for a terminal."""
-    lines = [f"{LABELS[what]}:", tabulate(rows(results, what), headers(results))]
-    return "\n".join([*lines, LEGEND])
+    lines = [f"{LABELS[what]}:", text.table(rows(results, what), headers(results))]
+    return "\n".join([*lines, LEGEND.format(mark="*"), *summary(results, what)])
 
 
 def terminal(results: Results) -> str:
     """Return the report for a terminal: the main figure, what failed and what is missing."""
-    parts = [tabulate(facts(results), tablefmt="plain")]
+    parts = [text.table(facts(results))]
     parts += [table(results, what) for what in metrics(results)[:1]]
     parts += problems(results)
     return "\n\n".join(parts)
@@ -236,6 +254,7 @@ _STYLE = """
 body { font: 14px/1.45 system-ui, sans-serif; max-width: 110em; margin: 2em auto; padding: 0 1em;
   color: #222; background: #fff }
 table { border-collapse: collapse; margin: .5em 0 1.5em; font-variant-numeric: tabular-nums }
+small { color: #666; font-weight: 400; display: inline-block; min-width: 3.6em }
 th, td { padding: .2em .7em; border-bottom: 1px solid #ddd; text-align: right;
   white-space: nowrap }
 th:first-child, td:first-child { text-align: left }
@@ -247,10 +266,11 @@ img { max-width: 100% } .scroll { overflow-x: auto }
 
 
 def _html_table(lines: list[list[str]], heading: list[str]) -> str:
-    def cell(text: str) -> str:
-        kind = "best" if text.endswith("*") else "bad" if text.isupper() else ""
+    def cell(entry: str) -> str:
+        kind = "best" if entry.endswith("*") else "bad" if entry.isupper() else ""
         mark = f' class="{kind}"' if kind else ""
-        return f"<td{mark}>{html.escape(text.removesuffix(' *'))}</td>"
+        shown = re.sub(r"( ±?\d+%)$", r"<small>\1</small>", html.escape(entry.rstrip(" *")))
+        return f"<td{mark}>{shown}</td>"
 
     head = "".join(f"<th>{html.escape(name)}</th>" for name in heading)
     body = "\n".join("<tr>" + "".join(map(cell, line)) + "</tr>" for line in lines)
@@ -260,14 +280,17 @@ def _html_table(lines: list[list[str]], heading: list[str]) -> str:
 def page(results: Results, figures: dict[str, Any]) -> str:
     """Return the HTML page, with the plots inside."""
     device = html.escape(results["environment"]["device"])
-    parts = [f"<h1>fusednorm on {device}</h1>", f"<p>{html.escape(LEGEND)}</p>"]
+    parts = [f"<h1>fusednorm on {device}</h1>"]
+    for what in metrics(results)[:1]:
+        items = "".join(f"<li>{html.escape(line)}</li>" for line in summary(results, what))
+        parts.append(f"<p>{html.escape(LABELS[what].capitalize())}:</p><ul>{items}</ul>")
     for name, figure in figures.items():
         data = base64.b64encode(_svg(figure).encode()).decode()
         parts.append(f'<p><img alt="{name}" src="data:image/svg+xml;base64,{data}"></p>')
     for what in metrics(results):
-        title = LABELS[what]
         lines = list(rows(results, what))
-        parts.append(f"<h2>{html.escape(title[:1].upper() + title[1:])}</h2>")
+        parts.append(f"<h2>{html.escape(LABELS[what].capitalize())}</h2>")
+        parts.append(f"<p>{html.escape(LEGEND.format(mark='Green'))}</p>")
         parts.append(f'<div class="scroll">{_html_table(lines, headers(results))}</div>')
     if failed := problems(results):
         items = "".join(f"<li>{html.escape(line)}</li>" for line in failed)
@@ -287,7 +310,11 @@ def page(results: Results, figures: dict[str, Any]) -> str:
 
 def write(results: Results, path: Path) -> list[Path]:
     """Write plots and page beside the results file `path`; return what was written."""
-    figures = plots(results)
+    figures = {}
+    try:
+        figures = plots(results)
+    except ImportError as error:
+        print(f"bench: no plots: {error}; `bench report` makes them later", file=sys.stderr)
     written = []
     for name, figure in figures.items():
         for ending in ("png", "svg"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import platform
 import re
 import subprocess
@@ -15,6 +16,8 @@ import torch
 
 SCHEMA = 1
 FOLDER = Path(__file__).parent / "results"
+METRICS = ("device", "eager", "do_bench")
+"""What is measured of a call, the main figure first."""
 
 Results = dict[str, Any]
 Cell = dict[str, Any]
@@ -29,6 +32,7 @@ def environment(device: torch.device) -> dict[str, str]:
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "threads": str(torch.get_num_threads()),
+        "load": f"{os.getloadavg()[0]:.1f} of {os.cpu_count()} processors before the run",
     }
     for package in ("fusednorm", "torch", "triton", "numpy"):
         found[package] = _version(package)
@@ -144,6 +148,5 @@ def case_name(cell: Cell) -> str:
 
 def metrics(results: Results) -> list[str]:
     """Return what was measured, the main figure first."""
-    known = ("device", "eager", "preallocated", "do_bench")
     seen = {what for cell in results["cells"] for what in cell["seconds"]}
-    return [what for what in known if what in seen]
+    return [what for what in METRICS if what in seen]

@@ -7,8 +7,7 @@ from collections.abc import Callable, Sequence
 from statistics import median
 from typing import NamedTuple
 
-from tabulate import tabulate
-
+from . import text
 from .cases import Case
 from .results import Results, metrics
 
@@ -93,30 +92,34 @@ def describe(results: Results) -> str:
             }
             if len(points) > 2:
                 found = fit(list(points), list(points.values()))
-                line = (mode, provider, sweep.name, found.fixed * 1e6, found.slope * 1e9)
-                lines.append((*line, f"ns a {sweep.unit}", f"{found.exponent:.2f}"))
+                line = _line(mode, provider, sweep.name, found.fixed, 1e9 * found.slope)
+                lines.append([*line, f"ns a {sweep.unit}", f"{found.exponent:.2f}"])
         lines += _thread_lines(mode, provider, mine, what)
     if not lines:
         raise ValueError("scaling: the results hold no sweep over M, N or threads")
     headings = ("mode", "provider", "over", "fixed us", "slope", "", "exponent of large sizes")
-    return f"time = fixed + slope * size, {what}:\n" + tabulate(lines, headings, floatfmt=".2f")
+    return f"time = fixed + slope * size, {what}:\n" + text.table(lines, headings)
+
+
+def _line(mode: str, provider: str, over: str, fixed: float, slope: float) -> list[str]:
+    return [mode, provider, over, f"{fixed * 1e6:.2f}", f"{slope:.2f}"]
 
 
 def _thread_lines(
     mode: str, provider: str, cells: list[dict[str, object]], what: str
-) -> list[tuple[object, ...]]:
+) -> list[list[str]]:
     """Return the share of the work that threads divide between them, by Amdahl's law."""
     shapes: dict[object, dict[float, float]] = {}
     for cell in cells:
         seconds = cell["seconds"][what]  # type: ignore[index]
         points = shapes.setdefault((cell["rows"], cell["cols"]), {})
         points[1 / max(1, cell["threads"])] = median(seconds)  # type: ignore[type-var]
-    lines: list[tuple[object, ...]] = []
+    lines = []
     for (rows, cols), points in shapes.items():  # type: ignore[misc]
         if len(points) > 1:
             found = fit(list(points), list(points.values()))
             share = found.slope / (found.fixed + found.slope)
             where = f"threads, {rows}x{cols}"
-            line = (mode, provider, where, found.fixed * 1e6, found.slope * 1e6)
-            lines.append((*line, "us / threads", f"{share:.0%} parallel"))
+            line = _line(mode, provider, where, found.fixed, found.slope * 1e6)
+            lines.append([*line, "us / threads", f"{share:.0%} parallel"])
     return lines

@@ -128,7 +128,7 @@ def do_bench_seconds(call: Call) -> dict[str, float]:
     return {"do_bench": middle / 1e3, "do_bench_p20": low / 1e3, "do_bench_p80": high / 1e3}
 
 
-def copy_call(size: int, device: torch.device, chunk: int, preallocated: bool) -> Call:
+def copy_call(size: int, device: torch.device, chunk: int, fresh: bool = False) -> Call:
     """Return a call that copies `size` / 2 bytes, and so moves `size`.
 
     Args:
@@ -136,12 +136,12 @@ def copy_call(size: int, device: torch.device, chunk: int, preallocated: bool) -
         device: Where.
         chunk: Bytes of one copy at most. Fresh memory of another size than that of the outputs of a
             norm would not cost the same: from some size on it comes from the system each time.
-        preallocated: Whether it copies to memory of its own or to fresh memory, as `clone` does.
+        fresh: Whether it copies to fresh memory, as `clone` does, or to memory of its own.
     """
     whole, rest = divmod(max(4, size // 2), chunk)
     lengths = [chunk // 4] * whole + ([rest // 4] if rest >= 4 else [])
     sources = [torch.randn(length, device=device) for length in lengths]
-    if not preallocated:
+    if fresh:
 
         def clone() -> None:
             for source in sources:
@@ -164,7 +164,7 @@ LARGE = {"cuda": 8 << 30, "cpu": 512 << 20}
 def asymptotic_bandwidth(device: torch.device) -> float:
     """Return the bytes a second of a copy much larger than any cache, the best of several."""
     size = LARGE[device.type]
-    call = copy_call(size, device, size, preallocated=True)
+    call = copy_call(size, device, size)
     settle = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
     call()
     return size / min(loop_seconds(call, 1, settle) for _ in range(9))
@@ -172,7 +172,7 @@ def asymptotic_bandwidth(device: torch.device) -> float:
 
 def warm_up(device: torch.device) -> None:
     """Copy until the clocks have settled."""
-    call = copy_call(64 << 20, device, 64 << 20, preallocated=True)
+    call = copy_call(64 << 20, device, 64 << 20)
     end = time.perf_counter() + WARM_UP
     while time.perf_counter() < end:
         call()

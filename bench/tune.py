@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import codegen, timing
+from . import codegen, text, timing
 from .cases import DTYPES, Case, draw, floor_bytes
 from .measure import Settings, check, contestant
 from .providers import find
@@ -145,8 +145,6 @@ def _forced(
 
 def main(dtypes: Sequence[str] | None, direction: str | None, seconds: float) -> int:
     """Search until the time is up; print the diff."""
-    from tqdm import tqdm
-
     device = torch.device("cuda", 0)
     generator = torch.Generator(device).manual_seed(0)
     settings = Settings(5, 0.01)
@@ -157,7 +155,7 @@ def main(dtypes: Sequence[str] | None, direction: str | None, seconds: float) ->
         for way in (direction,) if direction else ("forward", "backward"):
             columns = codegen.resident_rungs(way, itemsize)
             choices = []
-            for cols in tqdm(columns, desc=f"{way} {dtype}", unit="rung"):
+            for cols in text.progress(columns, f"{way} {dtype} rung"):
                 now = codegen.tier(way, itemsize, cols)
                 if time.monotonic() > end:  # what was not measured stays
                     choices.append(Choice(cols, now, ""))

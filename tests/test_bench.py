@@ -12,16 +12,15 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("tabulate")
-pytest.importorskip("tqdm")
 # Last, so that the installed package stays the one that is tested.
 sys.path.append(str(Path(__file__).parents[1]))
 
-from bench import compare, results, scaling, selfcheck, timing
+from bench import compare, providers, report, results, scaling, selfcheck, text, timing
 from bench.__main__ import main
 from bench.cases import MODES, NORMS, Case, cases, draw, floor_bytes
 from bench.measure import COPY, Settings, check, measure
 from bench.providers import Provider, bind, find
+from fusednorm import backends
 
 CPU = torch.device("cpu")
 
@@ -189,6 +188,20 @@ def test_provider_that_raises_does_not_stop_the_others() -> None:
     assert len(cells["torch"]["seconds"]["eager"]) == 2
 
 
+def test_our_backends_are_taken_or_named_as_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that the extension does not have is missing for its own reason, later it is measured."""
+    absent = find(["fusednorm-cuda"], CPU)
+    assert not absent[0]
+    assert "cuda" in absent[1]["fusednorm-cuda"]
+    monkeypatch.setattr(backends, "NAMES", ("cuda", *backends.NAMES))
+    monkeypatch.setattr(backends, "_unfit", lambda backend, device: None)
+    (ours,), missing = find(["fusednorm-cuda"], CPU)
+    assert not missing
+    with ours.scope():
+        assert backends.explain(torch.empty(1)).backend == "cuda"
+    assert {f"fusednorm-{name}" for name in backends.NAMES} <= providers.MAKERS.keys()
+
+
 def test_missing_peers_are_named() -> None:
     found, missing = find(None, CPU)
     named = {provider.name for provider in found} | missing.keys()
@@ -269,8 +282,6 @@ def test_scaling_by_threads() -> None:
 
 def test_report_opens_without_a_network(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    from bench import report
-
     path = tmp_path / "made-up.json"
     written = {file.name for file in report.write(made_up(), path)}
     assert written == {
@@ -285,11 +296,43 @@ def test_report_opens_without_a_network(tmp_path: Path) -> None:
     assert "A &amp; B" in page
     assert "z &lt;off&gt;" in page
     assert "missing: liger-kernel is not installed" in page
+    for plot in tmp_path.glob("*.svg"):
+        drawing = plot.read_text(encoding="utf-8")
+        assert not re.search(r"<image|<script|@import|url\([^#]|href=\"[^#]", drawing), plot
+
+
+def test_report_without_matplotlib(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A GPU machine without it still leaves the table and the page."""
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    (page,) = report.write(made_up(), tmp_path / "made-up.json")
+    assert "<table>" in page.read_text(encoding="utf-8")
+    assert "no plots" in capsys.readouterr().err
+
+
+def test_summary_is_the_geometric_mean_over_cases() -> None:
+    (line,) = report.summary(made_up(), "eager")
+    assert line.startswith("forward: 1.50x as fast as the best other provider")
+    cases = len(results.by_case(made_up()))
+    assert line.endswith(f"faster in {cases} of {cases} cases")
+
+
+def test_tables_align_numbers_to_the_right() -> None:
+    rows = [["a", "1.5 us", "x"], ["bcd", "10.5 us", "yz"]]
+    assert text.table(rows, ["name", "time", "what"]).splitlines() == [
+        *("name     time  what", "----  -------  ----"),
+        *("a      1.5 us  x", "bcd   10.5 us  yz"),
+    ]
+    assert text.table([["k", "v"], ["longer", "w"]]).splitlines() == ["k       v", "longer  w"]
+
+
+def test_progress_says_how_far(capsys: pytest.CaptureFixture[str]) -> None:
+    assert list(text.progress([1, 2, 3], "case")) == [1, 2, 3]
+    assert "3/3 cases" in capsys.readouterr().err
 
 
 def test_table_marks_the_best_and_sets_ours_against_it() -> None:
-    from bench import report
-
     lines = report.table(made_up(), "eager").splitlines()
     row = next(line for line in lines if "8192x1024" in line or "16384x1024" in line)
     assert re.search(r"33%.*50% \*.*1\.50x", row), row
