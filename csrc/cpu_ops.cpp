@@ -1,16 +1,16 @@
-// The operators of fusednorm/ops.py for CPU tensors: lay out, allocate, share out among threads.
+// The CPU kernels as fusednorm/cpu.py calls them: share out among threads, add up partial sums.
 //
-// Arguments have been checked in Python. Only torch's stable ABI and Python's limited API are used.
+// Tensors come as their addresses, laid out and allocated there. Of torch only the thread pool is
+// used, by its stable ABI, and of Python the limited API.
 #include <Python.h>
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
 #include <cmath>
-#include <optional>
-#include <tuple>
-#include <vector>
+#include <cstdlib>
+#include <exception>
+#include <memory>
+#include <new>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -28,40 +28,29 @@ using fusednorm::Term;
 using fusednorm::cpu::Backward;
 using fusednorm::cpu::Fold;
 using fusednorm::cpu::Kernels;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-using MaybeTensor = std::optional<Tensor>;
 
 // Elements of work that are worth another thread.
 constexpr int64_t grain = 16384;
-
-DType dtype_of(ScalarType type) {
-  switch (type) {
-    case ScalarType::Half: return DType::f16;
-    case ScalarType::BFloat16: return DType::bf16;
-    case ScalarType::Float: return DType::f32;
-    case ScalarType::Double: return DType::f64;
-    default: STD_TORCH_CHECK(false, "fusednorm: expected a float dtype, got ", toString(type));
-  }
-}
-
-DType dtype_of(const std::optional<ScalarType>& type) {
-  return type ? dtype_of(*type) : DType::none;
-}
-
-ScalarType scalar_type_of(DType compute) {
-  return compute == DType::f64 ? ScalarType::Double : ScalarType::Float;
-}
 
 // What bench/cpu_speed.py showed to pay: outputs from this size on do not stay in cache, ..
 constexpr size_t streamed_bytes = size_t(8) << 20;
 // .. and from this one on are fresh memory, whose page faults take a large part of a call.
 constexpr size_t huge_page_bytes = size_t(16) << 20;
 
+int64_t size_of(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
+
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+template <class F>
+void parallel_for(int64_t count, int64_t grain, const F& f) {
+  if (count <= grain)
+    f(0, count);
+  else
+    torch::stable::parallel_for(0, count, grain, f);
+}
+
 void advise_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] size_t bytes) {
 #if defined(__linux__)
-  if (bytes < huge_page_bytes) return;
   constexpr size_t huge = 2 << 20;
   const size_t start = (reinterpret_cast<size_t>(data) + huge - 1) / huge * huge;
   const size_t end = (reinterpret_cast<size_t>(data) + bytes) / huge * huge;
@@ -69,174 +58,134 @@ void advise_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] size_t byte
 #endif
 }
 
-Tensor empty(const int64_t* sizes, int64_t dim, ScalarType type) {
-  int64_t strides[64], stride = 1;
-  for (int64_t d = dim - 1; d >= 0; --d) {
-    strides[d] = stride;
-    stride *= std::max<int64_t>(sizes[d], 1);
-  }
-  AtenTensorHandle handle = nullptr;
-  const int32_t dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, sizes, strides, dtype,
-                                                         aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
-}
-
-size_t size_of(const Tensor& tensor) {
-  const DType dtype = dtype_of(tensor.scalar_type());
-  return tensor.numel() * (dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2);
-}
-
-Tensor empty_like(const Tensor& like, ScalarType type) {
-  const Tensor tensor = empty(like.sizes().data(), like.dim(), type);
-  advise_huge_pages(tensor.data_ptr(), size_of(tensor));
-  return tensor;
-}
-
-Rows output(const Tensor& tensor, int64_t cols) {
-  if (!tensor.defined()) return {};
-  const bool beyond_cache = size_of(tensor) >= streamed_bytes;
-  return {tensor.data_ptr(), cols, dtype_of(tensor.scalar_type()), beyond_cache};
-}
-
-// The tensors of one call as the kernels index them; holds the copies of those that they cannot.
-class Layout {
+// The arguments of a call from Python, one after the other.
+class Arguments {
  public:
-  Layout(int64_t rows, int64_t cols) : rows_(rows), cols_(cols) {}
+  explicit Arguments(PyObject* const* first) : next_(first) {}
 
-  // A tensor of M rows of N columns in whatever dimensions.
-  Rows rows(const MaybeTensor& tensor) {
-    if (!tensor) return {};
-    if (const std::optional<int64_t> stride = row_stride(*tensor))
-      return {tensor->data_ptr(), *stride, dtype_of(tensor->scalar_type())};
-    return rows(copies_.emplace_back(torch::stable::contiguous(*tensor)));
+  int64_t integer() { return PyLong_AsLongLong(*next_++); }
+  double number() { return PyFloat_AsDouble(*next_++); }
+  void* address() { return PyLong_AsVoidPtr(*next_++); }
+  DType dtype() { return DType(integer()); }
+
+  // None, or a tuple of the tensor, its address, its stride, its dtype.
+  Rows rows() {
+    PyObject* tuple = *next_++;
+    if (tuple == Py_None) return {};
+    Arguments fields(tuple, 1, 3);
+    return {fields.address(), fields.integer(), fields.dtype()};
   }
 
-  // N elements in whatever dimensions.
-  Term vector(const MaybeTensor& tensor) {
-    if (!tensor) return {};
-    if (tensor->is_contiguous())
-      return {tensor->data_ptr(), 0, false, dtype_of(tensor->scalar_type())};
-    return vector(copies_.emplace_back(torch::stable::contiguous(*tensor)));
+  // The same, where rows are to be written that lie one after the other.
+  Rows output(int64_t count) {
+    Rows rows = this->rows();
+    const size_t bytes = rows.data ? count * rows.stride * size_of(rows.dtype) : 0;
+    if (bytes >= huge_page_bytes) advise_huge_pages(rows.data, bytes);
+    rows.beyond_cache = bytes >= streamed_bytes;
+    return rows;
   }
 
-  // [1 or S, N or 1].
-  Term term(const MaybeTensor& tensor) {
-    if (!tensor) return {};
-    const bool is_number = tensor->size(1) < cols_;
-    if (!is_number && cols_ > 1 && tensor->stride(1) != 1)
-      return term(copies_.emplace_back(torch::stable::contiguous(*tensor)));
-    const int64_t samples = tensor->size(0);
-    samples_ = std::max(samples_, samples);
-    return {tensor->data_ptr(), samples == 1 ? 0 : tensor->stride(0), is_number,
-            dtype_of(tensor->scalar_type())};
+  // None, or a tuple of the tensor, its address, its stride, its dtype, whether it is one number.
+  Term term() {
+    PyObject* tuple = *next_++;
+    if (tuple == Py_None) return {};
+    Arguments fields(tuple, 1, 4);
+    Term term;
+    term.data = fields.address();
+    term.stride = fields.integer();
+    term.dtype = fields.dtype();
+    term.is_number = fields.integer();
+    return term;
   }
 
-  // S of the terms so far; 1 where none differs between samples.
-  int64_t samples() const { return samples_; }
+  void problem(Problem& p) {
+    p.rows = integer();
+    p.cols = integer();
+    p.rows_per_sample = integer();
+    p.compute = dtype();
+    p.x_hat_dtype = dtype();
+    p.rms = integer();
+    p.dropout.seed = static_cast<const int64_t*>(address());
+    const double rate = number();
+    p.dropout.drop_below = uint32_t(std::min(std::nearbyint(rate * 4294967296.0), 4294967295.0));
+    p.dropout.inverse_keep = 1.0 / (1.0 - rate);
+    p.gate = term();
+    p.weight = term();
+    p.bias = term();
+    p.scale = term();
+  }
 
  private:
-  // The distance of two rows, where they are evenly spaced and their columns adjacent.
-  std::optional<int64_t> row_stride(const Tensor& tensor) const {
-    const auto sizes = tensor.sizes(), strides = tensor.strides();
-    int64_t d = tensor.dim() - 1, adjacent = 1;
-    for (; adjacent < cols_; --d) {
-      if (sizes[d] != 1 && strides[d] != adjacent) return std::nullopt;
-      adjacent *= sizes[d];
-    }
-    std::optional<int64_t> stride;
-    int64_t next = 0;
-    for (; d >= 0; --d) {
-      if (sizes[d] == 1) continue;
-      if (stride && strides[d] != next) return std::nullopt;
-      if (!stride) stride = strides[d];
-      next = strides[d] * sizes[d];
-    }
-    return stride.value_or(cols_);
+  Arguments(PyObject* tuple, int first, int count) : next_(fields_) {
+    for (int i = 0; i < count; ++i) fields_[i] = PyTuple_GetItem(tuple, first + i);
   }
 
-  int64_t rows_, cols_, samples_ = 1;
-  std::vector<Tensor> copies_;
+  PyObject* const* next_;
+  PyObject* fields_[4];
 };
 
-void set_dropout(Problem& problem, const MaybeTensor& seed, double p) {
-  if (!seed) return;
-  problem.dropout.seed = static_cast<const int64_t*>(seed->data_ptr());
-  const double threshold = std::nearbyint(p * 4294967296.0);
-  problem.dropout.drop_below = uint32_t(std::min(threshold, 4294967295.0));
-  problem.dropout.inverse_keep = 1.0 / (1.0 - p);
+class WithoutGil {
+ public:
+  WithoutGil() : state_(PyEval_SaveThread()) {}
+  ~WithoutGil() { PyEval_RestoreThread(state_); }
+
+ private:
+  PyThreadState* state_;
+};
+
+// Runs f, which reads its arguments and then computes; returns what Python is to get.
+template <class F>
+PyObject* call(const F& f) {
+  try {
+    f();
+  } catch (const std::exception& error) {
+    return PyErr_Format(PyExc_RuntimeError, "%s", error.what());
+  }
+  if (PyErr_Occurred()) return nullptr;
+  Py_INCREF(Py_None);
+  return Py_None;
 }
 
-DType compute_dtype(DType a, DType b) {
-  return a == DType::f64 || b == DType::f64 ? DType::f64 : DType::f32;
-}
+PyObject* forward(PyObject*, PyObject* const* first, Py_ssize_t) {
+  return call([&] {
+    Arguments arguments(first);
+    Forward p;
+    arguments.problem(p);
+    p.eps = arguments.number();
+    p.shift = arguments.term();
+    p.x = arguments.rows();
+    p.residual = arguments.rows();
+    p.h_dtype = arguments.dtype();
+    p.h = arguments.output(p.rows);
+    p.z = arguments.output(p.rows);
+    p.mean = arguments.address();
+    p.rstd = arguments.address();
+    if (PyErr_Occurred()) return;
 
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_fwd(
-    Tensor x, MaybeTensor residual, MaybeTensor gate, MaybeTensor weight, MaybeTensor bias,
-    MaybeTensor scale, MaybeTensor shift, MaybeTensor seed, int64_t rows, int64_t cols, double eps,
-    bool rms, double dropout_p, ScalarType out_dtype, std::optional<ScalarType> h_dtype,
-    std::optional<ScalarType> x_hat_dtype, bool save_stats, bool store_h) {
-  Forward p;
-  p.rows = rows;
-  p.cols = cols;
-  p.h_dtype = dtype_of(h_dtype);
-  p.compute = compute_dtype(dtype_of(x.scalar_type()), p.h_dtype);
-
-  const Tensor z = empty_like(x, out_dtype);
-  const Tensor h = h_dtype && store_h ? empty_like(x, *h_dtype) : Tensor();
-  const ScalarType compute = scalar_type_of(p.compute);
-  const Tensor mean = save_stats && !rms ? empty(&rows, 1, compute) : Tensor();
-  const Tensor rstd = save_stats ? empty(&rows, 1, compute) : Tensor();
-  if (rows == 0 || cols == 0) return {z, h, mean, rstd};
-
-  Layout layout(rows, cols);
-  p.x = layout.rows(x);
-  p.residual = layout.rows(residual);
-  p.gate = layout.term(gate);
-  p.weight = layout.vector(weight);
-  p.bias = layout.vector(bias);
-  p.scale = layout.term(scale);
-  p.shift = layout.term(shift);
-  p.rows_per_sample = rows / layout.samples();
-  p.rms = rms;
-  p.eps = eps;
-  p.x_hat_dtype = dtype_of(x_hat_dtype);
-  set_dropout(p, seed, dropout_p);
-  p.z = output(z, cols);
-  p.h = output(h, cols);
-  if (mean.defined()) p.mean = mean.data_ptr();
-  if (rstd.defined()) p.rstd = rstd.data_ptr();
-
-  const Kernels& kernels = fusednorm::cpu::kernels();
-  torch::stable::parallel_for(0, rows, divide_up(grain, cols), [&](int64_t first, int64_t last) {
-    kernels.forward(p, first, last);
+    const WithoutGil unlocked;
+    const Kernels& kernels = fusednorm::cpu::kernels();
+    parallel_for(p.rows, divide_up(grain, p.cols),
+                 [&](int64_t first, int64_t last) { kernels.forward(p, first, last); });
   });
-  return {z, h, mean, rstd};
 }
 
 // The partial sums of one gradient: [count * rows, N] that are added up to [rows, N or 1].
 class Partials {
  public:
-  // `gradient` is undefined where it is not wanted.
-  Partials(const Tensor& gradient, int64_t rows, int64_t partial_rows, const Problem& p) {
-    if (!gradient.defined()) return;
-    fold_ = {nullptr,
-             p.cols,
-             partial_rows / rows,
-             p.compute,
-             gradient.data_ptr(),
-             gradient.numel() < rows * p.cols,
-             dtype_of(gradient.scalar_type())};
-    rows_ = rows;
+  // `gradient` is absent where it is not wanted.
+  Partials(const Term& gradient, int64_t partial_rows, const Problem& p) {
+    if (gradient.data == nullptr) return;
+    rows_ = gradient.stride == 0 ? 1 : p.rows / p.rows_per_sample;
+    void* out = const_cast<void*>(gradient.data);
+    fold_ = {nullptr,       p.cols, partial_rows / rows_, p.compute, out, gradient.is_number,
+             gradient.dtype};
     if (fold_.count == 1 && !fold_.is_number && fold_.dtype == p.compute) {
       data_ = fold_.out;  // nothing to add up, nothing to convert
       return;
     }
-    const int64_t sizes[2] = {partial_rows, p.cols};
-    tensor_ = empty(sizes, 2, scalar_type_of(p.compute));
-    fold_.partials = data_ = tensor_->data_ptr();
+    memory_.reset(malloc(partial_rows * p.cols * size_of(p.compute)));
+    if (!memory_) throw std::bad_alloc();
+    fold_.partials = data_ = memory_.get();
   }
 
   void* data() const { return data_; }
@@ -246,100 +195,66 @@ class Partials {
     constexpr int64_t width = 1024;
     const int64_t blocks = fold_.is_number ? 1 : divide_up(fold_.cols, width);
     const int64_t elements = fold_.count * (fold_.is_number ? fold_.cols : width);
-    const auto run = [&](int64_t first, int64_t last) {
+    parallel_for(rows_ * blocks, divide_up(grain, elements), [&](int64_t first, int64_t last) {
       for (int64_t i = first; i < last; ++i) {
         const int64_t col = i % blocks * width;
         kernels.fold(fold_, i / blocks, col, std::min(col + width, fold_.cols));
       }
-    };
-    torch::stable::parallel_for(0, rows_ * blocks, divide_up(grain, elements), run);
+    });
   }
 
  private:
+  struct Free {
+    void operator()(void* memory) const { free(memory); }
+  };
+
   Fold fold_;
   int64_t rows_ = 0;
   void* data_ = nullptr;
-  std::optional<Tensor> tensor_;
+  std::unique_ptr<void, Free> memory_;
 };
 
-using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+PyObject* backward(PyObject*, PyObject* const* first, Py_ssize_t) {
+  return call([&] {
+    Arguments arguments(first);
+    Backward p;
+    arguments.problem(p);
+    p.dz = arguments.rows();
+    p.dh = arguments.rows();
+    p.h = arguments.rows();
+    p.x = arguments.rows();
+    p.mean = arguments.address();
+    p.rstd = arguments.address();
+    p.dx = arguments.output(p.rows);
+    p.dresidual = arguments.output(p.rows);
+    const Term dgate = arguments.term(), dweight = arguments.term(), dbias = arguments.term(),
+               dscale = arguments.term(), dshift = arguments.term();
+    if (PyErr_Occurred()) return;
 
-Gradients layer_norm_bwd(MaybeTensor dz, MaybeTensor dh, MaybeTensor x, Tensor h, MaybeTensor mean,
-                         Tensor rstd, MaybeTensor gate, MaybeTensor weight, MaybeTensor bias,
-                         MaybeTensor scale, MaybeTensor shift, MaybeTensor seed, int64_t rows,
-                         int64_t cols, double dropout_p, ScalarType x_dtype,
-                         ScalarType residual_dtype, std::optional<ScalarType> x_hat_dtype,
-                         bool want_dx, bool want_dresidual, bool want_dgate, bool want_dweight,
-                         bool want_dbias, bool want_dscale, bool want_dshift) {
-  const auto gradient = [&](const MaybeTensor& like, bool wanted) {
-    return wanted && like ? empty_like(*like, like->scalar_type()) : Tensor();
-  };
-  const bool through_z = dz.has_value();
-  const Tensor dx = want_dx ? empty_like(h, x_dtype) : Tensor();
-  const Tensor dresidual = want_dresidual ? empty_like(h, residual_dtype) : Tensor();
-  const Tensor dgate = gradient(gate, want_dgate);
-  const Tensor dweight = gradient(weight, want_dweight && through_z);
-  const Tensor dbias = gradient(bias, want_dbias && through_z);
-  const Tensor dscale = gradient(scale, want_dscale && through_z);
-  const Tensor dshift = gradient(shift, want_dshift && through_z);
-  const Gradients gradients{dx, dresidual, dgate, dweight, dbias, dscale, dshift};
-  if (rows == 0 || cols == 0) {
-    std::apply(
-        [](auto&... tensors) {
-          for (Tensor tensor : {tensors...})
-            if (tensor.defined()) torch::stable::zero_(tensor);
-        },
-        gradients);
-    return gradients;
-  }
+    const WithoutGil unlocked;
+    const int64_t samples = p.rows / p.rows_per_sample;
+    const int64_t threads = torch::stable::get_num_threads();
+    const int64_t wanted = std::clamp<int64_t>(p.rows * p.cols / grain, 1, threads);
+    p.units_per_sample = std::min(divide_up(wanted, samples), p.rows_per_sample);
+    p.units = samples * p.units_per_sample;
+    p.tasks = std::min(wanted, p.units);
 
-  Layout layout(rows, cols);
-  Backward p;
-  p.rows = rows;
-  p.cols = cols;
-  p.compute = dtype_of(rstd.scalar_type());
-  p.dz = layout.rows(dz);
-  p.dh = layout.rows(dh);
-  p.h = layout.rows(h);
-  if (dgate.defined()) p.x = layout.rows(x);
-  p.gate = layout.term(gate);
-  p.weight = layout.vector(weight);
-  p.bias = layout.vector(bias);
-  p.scale = layout.term(scale);
-  layout.term(shift);  // counts its samples
-  p.rms = !mean.has_value();
-  p.x_hat_dtype = dtype_of(x_hat_dtype);
-  set_dropout(p, seed, dropout_p);
-  p.mean = mean ? mean->data_ptr() : nullptr;
-  p.rstd = rstd.data_ptr();
-  p.dx = output(dx, cols);
-  p.dresidual = output(dresidual, cols);
+    const Partials partials[] = {{dweight, p.tasks, p},
+                                 {dbias, p.tasks, p},
+                                 {dgate, p.units, p},
+                                 {dscale, p.units, p},
+                                 {dshift, p.units, p}};
+    p.dweight = partials[0].data();
+    p.dbias = partials[1].data();
+    p.dgate = partials[2].data();
+    p.dscale = partials[3].data();
+    p.dshift = partials[4].data();
 
-  const int64_t samples = layout.samples();
-  const int64_t threads = torch::stable::get_num_threads();
-  const int64_t wanted = std::clamp<int64_t>(rows * cols / grain, 1, threads);
-  p.rows_per_sample = rows / samples;
-  p.units_per_sample = std::min(divide_up(wanted, samples), p.rows_per_sample);
-  p.units = samples * p.units_per_sample;
-  p.tasks = std::min(wanted, p.units);
-
-  const auto term_rows = [](const Tensor& tensor) { return tensor.defined() ? tensor.size(0) : 1; };
-  const Partials partials[] = {{dweight, 1, p.tasks, p},
-                               {dbias, 1, p.tasks, p},
-                               {dgate, term_rows(dgate), p.units, p},
-                               {dscale, term_rows(dscale), p.units, p},
-                               {dshift, term_rows(dshift), p.units, p}};
-  p.dweight = partials[0].data();
-  p.dbias = partials[1].data();
-  p.dgate = partials[2].data();
-  p.dscale = partials[3].data();
-  p.dshift = partials[4].data();
-
-  const Kernels& kernels = fusednorm::cpu::kernels();
-  torch::stable::parallel_for(
-      0, p.tasks, 1, [&](int64_t first, int64_t last) { kernels.backward(p, first, last); });
-  for (const Partials& gradient : partials) gradient.fold(kernels);
-  return gradients;
+    const Kernels& kernels = fusednorm::cpu::kernels();
+    parallel_for(p.tasks, 1,
+                 [&](int64_t first, int64_t last) { kernels.backward(p, first, last); });
+    for (const Partials& gradient : partials) gradient.fold(kernels);
+  });
 }
 
 PyObject* level(PyObject*, PyObject* args) {
@@ -350,7 +265,13 @@ PyObject* level(PyObject*, PyObject* args) {
   return PyUnicode_FromString(fusednorm::cpu::kernels().level);
 }
 
+PyCFunction fast(PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t)) {
+  return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
+}
+
 PyMethodDef methods[] = {
+    {"forward", fast(forward), METH_FASTCALL, "Compute the equation; see fusednorm/cpu.py."},
+    {"backward", fast(backward), METH_FASTCALL, "Differentiate it; see fusednorm/cpu.py."},
     {"level", level, METH_VARARGS,
      "level(name=None): use the kernels for an instruction set, avx512, avx2 or portable;\n"
      "return the name of those in use."},
@@ -362,10 +283,5 @@ PyModuleDef module = {
 };
 
 }  // namespace
-
-STABLE_TORCH_LIBRARY_IMPL(fusednorm, CPU, library) {
-  library.impl("cpu_layer_norm_fwd", TORCH_BOX(&layer_norm_fwd));
-  library.impl("cpu_layer_norm_bwd", TORCH_BOX(&layer_norm_bwd));
-}
 
 PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&module); }

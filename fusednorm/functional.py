@@ -71,6 +71,7 @@ def layer_norm(
     if (
         type(input) is Tensor
         and input.is_cpu
+        and backends.select(input) == "torch"
         and (dtype := input.dtype) in DTYPES
         and input.layout is torch.strided
         and (
@@ -82,7 +83,6 @@ def layer_norm(
         and is_shape(normalized_shape)
         and not has_torch_function_variadic(input, weight, bias)
         and not autograd.transforms_active()
-        and backends.select(input) == "torch"
     ):
         try:
             return torch.layer_norm(input, normalized_shape, weight, bias, eps)

@@ -7,8 +7,8 @@ kernels those are.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -32,24 +32,6 @@ _library.define(
     "bool[7] output_mask) -> (Tensor dx, Tensor dresidual, Tensor dgate, Tensor dweight, "
     "Tensor dbias, Tensor dscale, Tensor dshift)"
 )
-# What the compiled extension implements, behind `kernels`: no autograd, no fakes, and undefined
-# tensors for what is not there. The stable ABI has neither SymInt[] nor bool[7].
-_library.define(
-    "cpu_layer_norm_fwd(Tensor x, Tensor? residual, Tensor? gate, Tensor? weight, Tensor? bias, "
-    "Tensor? scale, Tensor? shift, Tensor? seed, int rows, int cols, float eps, bool rms, "
-    "float dropout_p, ScalarType out_dtype, ScalarType? h_dtype, ScalarType? x_hat_dtype, "
-    "bool save_stats, bool store_h) -> (Tensor z, Tensor h, Tensor mean, Tensor rstd)"
-)
-_library.define(
-    "cpu_layer_norm_bwd(Tensor? dz, Tensor? dh, Tensor? x, Tensor h, Tensor? mean, Tensor rstd, "
-    "Tensor? gate, Tensor? weight, Tensor? bias, Tensor? scale, Tensor? shift, Tensor? seed, "
-    "int rows, int cols, float dropout_p, ScalarType x_dtype, ScalarType residual_dtype, "
-    "ScalarType? x_hat_dtype, bool want_dx, bool want_dresidual, bool want_dgate, "
-    "bool want_dweight, bool want_dbias, bool want_dscale, bool want_dshift) -> (Tensor dx, "
-    "Tensor dresidual, Tensor dgate, Tensor dweight, Tensor dbias, Tensor dscale, Tensor dshift)"
-)
-_cpu_layer_norm_fwd: Any = torch.ops.fusednorm.cpu_layer_norm_fwd.default
-_cpu_layer_norm_bwd: Any = torch.ops.fusednorm.cpu_layer_norm_bwd.default
 
 
 Outputs = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
@@ -75,34 +57,22 @@ def _triton_bwd(*args: Any) -> Gradients:
     return layer_norm_bwd(*args)  # type: ignore[no-any-return]
 
 
-def _cpu_fwd(x: Tensor, *args: Any) -> Outputs:
-    *tensors, shape, eps, rms, dropout_p, out_dtype, h_dtype, x_hat_dtype, save_stats, store_h = (
-        args
-    )
-    sizes = math.prod(x.shape[: x.dim() - len(shape)]), math.prod(shape)
-    dtypes = out_dtype, h_dtype, x_hat_dtype
-    return _cpu_layer_norm_fwd(  # type: ignore[no-any-return]
-        x, *tensors, *sizes, eps, rms, dropout_p, *dtypes, save_stats, store_h
-    )
+_TRITON_KERNELS = Kernels(_triton_fwd, _triton_bwd)
 
 
-def _cpu_bwd(*args: Any) -> Gradients:
-    *tensors, shape, dropout_p, x_dtype, residual_dtype, x_hat_dtype, output_mask = args
-    h = tensors[3]
-    sizes = math.prod(h.shape[: h.dim() - len(shape)]), math.prod(shape)
-    dtypes = x_dtype, residual_dtype, x_hat_dtype
-    return _cpu_layer_norm_bwd(  # type: ignore[no-any-return]
-        *tensors, *sizes, dropout_p, *dtypes, *output_mask
-    )
+@cache
+def _cpu_kernels() -> Kernels:
+    from fusednorm import cpu
 
-
-_KERNELS = {"triton": Kernels(_triton_fwd, _triton_bwd), "cpu": Kernels(_cpu_fwd, _cpu_bwd)}
+    return Kernels(cpu.layer_norm_fwd, cpu.layer_norm_bwd)
 
 
 def kernels(device: torch.device) -> Kernels | None:
     """Return the kernels that run on `device`, or None where the reference has to."""
     backend = backends.kernels(device)
-    return None if backend is None else _KERNELS[backend]
+    if backend == "cpu":
+        return _cpu_kernels()
+    return None if backend is None else _TRITON_KERNELS
 
 
 def _layer_norm_fwd(

@@ -526,6 +526,17 @@ def test_retain_graph(kernels: torch.device) -> None:
         torch.autograd.grad(y, inputs, case.dy)
 
 
+def test_tensor_that_outlived_a_transform(kernels: torch.device) -> None:
+    """What leaks out of a transform is a plain tensor again, inside of what it was there."""
+    case, leaked = make_case(3, 5, torch.float32, kernels), []
+    torch.func.grad(lambda x: (leaked.append(x), x.sum())[1])(case.x)
+    weight = case.weight.requires_grad_()
+    y, expected = (norm(leaked[0], (5,), weight) for norm in (layer_norm, F.layer_norm))
+    torch.testing.assert_close(y, expected)
+    ours, theirs = (torch.autograd.grad(z, weight, case.dy)[0] for z in (y, expected))
+    torch.testing.assert_close(ours, theirs)
+
+
 def test_hooks(kernels: torch.device) -> None:
     """Hooks see each gradient once, and what they return is what goes on."""
     case = make_case(5, 6, torch.float32, kernels)

@@ -33,6 +33,7 @@ from test_autograd import (
     test_hooks,
     test_inputs_are_not_modified,
     test_retain_graph,
+    test_tensor_that_outlived_a_transform,
     test_undefined_gradients_of_backward,
 )
 from test_determinism import (
@@ -288,9 +289,18 @@ def test_only_the_limited_api_of_python_is_used() -> None:
     assert {name for name in _symbols("-D", "--undefined-only") if "Py" in name} == {
         "PyArg_ParseTuple",
         "PyErr_Format",
+        "PyErr_Occurred",
+        "PyEval_RestoreThread",
+        "PyEval_SaveThread",
+        "PyExc_RuntimeError",
         "PyExc_ValueError",
+        "PyFloat_AsDouble",
+        "PyLong_AsLongLong",
+        "PyLong_AsVoidPtr",
         "PyModule_Create2",
+        "PyTuple_GetItem",
         "PyUnicode_FromString",
+        "_Py_NoneStruct",
     }
 
 

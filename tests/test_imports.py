@@ -23,7 +23,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("fusednorm.functional", "fusednorm.modules", "fusednorm.replace"),
     ("fusednorm.autograd",),
     ("fusednorm.ops", "fusednorm.backends"),
-    ("fusednorm.triton_kernels", "fusednorm.csrc", "fusednorm.reference"),
+    ("fusednorm.triton_kernels", "fusednorm.cpu", "fusednorm.csrc", "fusednorm.reference"),
     ("fusednorm.validation", "fusednorm._version"),
 )
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
