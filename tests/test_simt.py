@@ -15,7 +15,7 @@ from torch import Tensor
 
 TESTS = Path(__file__).resolve().parent
 SIMT = TESTS / "simt"
-GPU = TESTS.parent / "csrc" / "cuda" / "gpu"
+CSRC = TESTS.parent / "csrc"
 ROWS, COLS, STRIDE = 4, 64, 68  # of planted.cpp
 
 
@@ -26,7 +26,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
         pytest.skip("the host stands in for a GPU where there is g++")
     built = tmp_path_factory.mktemp("simt") / "planted.so"
     sources = [SIMT / "planted.cpp", SIMT / "machine.cpp"]
-    flags = ["-std=c++17", "-O1", "-Wall", "-Werror", "-fPIC", "-shared", f"-I{SIMT}"]
+    flags = ["-std=c++17", "-O1", "-Wall", "-Werror", "-fPIC", "-shared", f"-I{SIMT}", f"-I{CSRC}"]
     subprocess.run(["g++", *flags, *sources, "-o", built], check=True)
     library = ctypes.CDLL(str(built))
     for name in ("run_case", "run_copy", "run_shuffle", "run_cluster_sum", "run_fresh_shared"):
@@ -317,6 +317,6 @@ def interface(header: Path) -> set[str]:
 
 
 def test_interface_is_that_of_a_gpu() -> None:
-    gpu, host = interface(GPU / "device.h"), interface(SIMT / "device.h")
+    gpu, host = interface(CSRC / "cuda" / "gpu" / "device.h"), interface(SIMT / "device.h")
     assert {one for one in gpu - host if "cudaError_t" not in one} == set()
     assert {one for one in host - gpu if "struct Buffer" not in one} == set()

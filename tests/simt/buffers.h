@@ -1,4 +1,4 @@
-// What the project's kernels may touch. Include it before them.
+// What the project's kernels may touch; a part of device.h.
 #pragma once
 
 #include "cuda/layer_norm.h"

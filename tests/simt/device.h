@@ -224,3 +224,5 @@ const char* launch(void (*kernel)(P), const P& parameter, const Launch& how, Str
 }
 
 }  // namespace fusednorm::cuda
+
+#include "buffers.h"

@@ -2,8 +2,15 @@
 #include "cuda_ops.h"
 
 static PyModuleDef module = {
-    PyModuleDef_HEAD_INIT, "simt", nullptr, -1, fusednorm::cuda_methods,
-    nullptr, nullptr, nullptr, nullptr,
+    PyModuleDef_HEAD_INIT,
+    "simt",
+    nullptr,
+    -1,
+    fusednorm::cuda_methods,
+    nullptr,
+    nullptr,
+    nullptr,
+    nullptr,
 };
 
 PyMODINIT_FUNC PyInit_simt() { return PyModule_Create(&module); }

@@ -81,9 +81,9 @@ jmp_buf host;
 enum Reason { fiber_made = 1, nobody_is_ready, fault_found };
 std::string message;
 
-int threads_of_cluster() { return running.threads * running.cluster; }
-Thread& current() { return *static_cast<Thread*>(const_cast<Place*>(here)); }
-Block& own_block() { return blocks[here->rank]; }
+inline int threads_of_cluster() { return running.threads * running.cluster; }
+inline Thread& current() { return *static_cast<Thread*>(const_cast<Place*>(here)); }
+inline Block& own_block() { return blocks[here->rank]; }
 
 template <class... Parts>
 const char* say(const Parts&... parts) {
@@ -101,7 +101,7 @@ template <class... Parts>
 
 // Fibers.
 
-[[noreturn]] void go_on() {
+[[noreturn]] inline void go_on() {
   if (ready.empty()) _longjmp(host, nobody_is_ready);
   Thread& next = *ready.back();
   ready.pop_back();
@@ -111,7 +111,7 @@ template <class... Parts>
   _longjmp(next.start, 1);
 }
 
-void wait(const char* at) {
+inline void wait(const char* at) {
   current().waits_at = at;
   if (_setjmp(current().context) == 0) go_on();
 }
@@ -275,7 +275,7 @@ class Region : public Buffer {
 
 std::vector<Region> regions;
 
-void check_alignment(const char* what, uintptr_t at, int bytes) {
+inline void check_alignment(const char* what, uintptr_t at, int bytes) {
   if (at % bytes)
     fault(what, " of ", bytes, " bytes: expected a multiple of ", bytes, " as address, got ",
           at % bytes, " more");
@@ -299,7 +299,7 @@ void check_alignment(const char* what, uintptr_t at, int bytes) {
         " bytes");
 }
 
-Region& region_of(const char* what, const void* pointer, int bytes, bool written) {
+inline Region& region_of(const char* what, const void* pointer, int bytes, bool written) {
   const uintptr_t at = reinterpret_cast<uintptr_t>(pointer);
   check_alignment(what, at, bytes);
   for (Region& region : regions)
@@ -338,12 +338,12 @@ void check_store(const void* to, int bytes) {
 
 namespace {
 
-int64_t offset_of(const void* place) {
+inline int64_t offset_of(const void* place) {
   return static_cast<const char*>(place) - memory[here->rank];
 }
 
 // The cells of a place in the own block's shared memory.
-Cell* cells_of(const char* what, const void* place, int bytes) {
+inline Cell* cells_of(const char* what, const void* place, int bytes) {
   const int64_t byte = offset_of(place);
   if (byte < 0 || byte + bytes > running.shared_bytes)
     fault(what, " of ", bytes, " bytes at byte ", byte, " of shared memory, which has ",
@@ -360,18 +360,18 @@ template <class... Parts>
         here->block - here->rank + index / cells_of_block, ", ", parts...);
 }
 
-void check_arrived(const char* what, const Cell* cell) {
+inline void check_arrived(const char* what, const Cell* cell) {
   if (cell->written >= cluster_start && cell->writer & on_its_way)
     fault_at(what, cell, "where a copy_async of thread ", cell->writer & ~on_its_way,
              " has not arrived");
 }
 
-void check_written(const char* what, const Cell* cell) {
+inline void check_written(const char* what, const Cell* cell) {
   check_arrived(what, cell);
   if (cell->written < cluster_start) fault_at(what, cell, "which nothing has written");
 }
 
-void note_write(const char* what, Cell* first, int bytes, uint16_t state) {
+inline void note_write(const char* what, Cell* first, int bytes, uint16_t state) {
   const int self = here->thread;
   const Time time = own_block().time;
   for (Cell* cell = first; cell < first + bytes / 2; ++cell) {
