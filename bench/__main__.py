@@ -71,6 +71,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_providers(run)
     run.add_argument("--out", type=Path, help="JSON file, else bench/results/DEVICE-DATE.json")
+    run.add_argument(
+        "--seconds",
+        type=float,
+        help="begin no case after these, and go on from the file if it is there; exit code 1 while "
+        "cases are left",
+    )
 
     report = add("report", _report, "print, plot and render results")
     report.add_argument("results", type=Path)
@@ -117,6 +123,9 @@ def _add_providers(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--provider", action="append", metavar="NAME", help="one of those to measure; repeatable"
     )
+    parser.add_argument(
+        "--without", action="append", metavar="NAME", help="one to leave out; repeatable"
+    )
 
 
 def _add_codegen(parser: argparse.ArgumentParser) -> None:
@@ -147,10 +156,12 @@ def _require_gpu(what: str) -> None:
 def _providers(args: argparse.Namespace, device: torch.device) -> tuple[list[Any], dict[str, str]]:
     from .providers import MAKERS, find
 
-    for name in args.provider or ():
-        if name not in MAKERS:
-            raise ValueError(f"--provider: expected one of {', '.join(MAKERS)}, got {name!r}")
+    for option in ("provider", "without"):
+        for name in getattr(args, option) or ():
+            if name not in MAKERS:
+                raise ValueError(f"--{option}: expected one of {', '.join(MAKERS)}, got {name!r}")
     found, missing = find(args.provider, device)
+    found = [provider for provider in found if provider.name not in (args.without or ())]
     if args.provider and missing:
         name, why = next(iter(missing.items()))
         raise ValueError(f"--provider {name}: {why}")
@@ -164,6 +175,7 @@ def _collect(
     from .measure import asymptote, measure, settings_for
 
     providers, missing = _providers(args, device)
+    seconds = getattr(args, "seconds", None)
     settings = settings_for(device, args.clock)
     return {
         "schema": results.SCHEMA,
@@ -171,7 +183,7 @@ def _collect(
         "providers": {provider.name: provider.version for provider in providers},
         "missing": missing,
         "copy_gbps": asymptote(device),
-        "cells": list(measure(chosen, providers, device, settings)),
+        "cells": list(measure(chosen, providers, device, settings, seconds=seconds)),
     }
 
 
@@ -185,11 +197,33 @@ def _grid(args: argparse.Namespace, device: torch.device) -> list[Case]:
 
 
 def _run(args: argparse.Namespace) -> int:
+    from .measure import threads_of
+
     device = _device(args)
-    found = _collect(_grid(args, device), args, device)
+    grid = _grid(args, device)
+    known = None
+    if args.seconds is not None:
+        if args.out is None:
+            raise ValueError("--seconds: expected --out as well, the file to go on from")
+        known = results.load(args.out) if args.out.exists() else None
+        if known and (then := known["environment"]["device"]) != results.device_name(device):
+            raise ValueError(f"--out: {args.out} has results of another device, {then}")
+    done = {results.case_key(cell) for cell in known["cells"]} if known else set()
+    threads = threads_of(device)
+    left = [
+        case for case in grid if results.case_key(vars(case) | {"threads": threads}) not in done
+    ]
+    found = _collect(left, args, device)
+    measured = len(results.by_case(found))
+    if known:
+        found["cells"] = known["cells"] + found["cells"]
     path = args.out or results.path_of(found)
     results.save(found, path)
-    return _show(found, path)
+    _show(found, path)
+    if measured == len(left):
+        return 0
+    print(f"bench: {len(left) - measured} of {len(grid)} cases are left; run it again for them")
+    return 1
 
 
 def _show(found: results.Results, path: Path, metric: str | None = None) -> int:

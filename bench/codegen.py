@@ -175,7 +175,6 @@ def rungs(
             chosen = forward_config(cols, itemsize, TARGETS[arch][1])
         else:
             chosen = backward_config(cols, itemsize, TARGETS[arch][1], 2 * itemsize)
-            chosen = dataclasses.replace(chosen, programs_per_processor=0)  # not compiled in
         if not exact:
             distinct[chosen] = cols
         elif cols % (chosen.tile.block_n * chosen.tile.chunks) == 0:
@@ -192,6 +191,14 @@ def resident_rungs(direction: str, itemsize: int) -> list[int]:
     """Return the common N whose rows stay on chip, those that a tier decides about."""
     limit = _TIERS[direction][itemsize][-1].limit
     return [cols for cols in rungs("sm_90", direction, itemsize, COMMON) if 64 <= cols <= limit]
+
+
+def tile(direction: str, itemsize: int, cols: int) -> config.RowTile:
+    """Return the tile that the policy chooses for an N."""
+    arch = TARGETS["sm_90"][1]
+    if direction == "forward":
+        return forward_config(cols, itemsize, arch).tile
+    return backward_config(cols, itemsize, arch, 2 * itemsize).tile
 
 
 def tier(direction: str, itemsize: int, cols: int) -> tuple[int, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -59,11 +60,18 @@ def measure(
     settings: Settings,
     seed: int = 0,
     progress: bool = True,
+    seconds: float | None = None,
 ) -> Iterator[results.Cell]:
-    """Yield a cell for each provider and for the yardstick of each case, as cases get done."""
+    """Yield a cell for each provider and for the yardstick of each case, as cases get done.
+
+    After `seconds` no further case begins.
+    """
+    end = math.inf if seconds is None else time.monotonic() + seconds
     generator = torch.Generator(device).manual_seed(seed)
     timing.warm_up(device)
     for case in text.progress(cases, "case") if progress else cases:
+        if time.monotonic() > end:
+            return
         yield from _measure_case(case, providers, device, settings, generator)
 
 
@@ -104,13 +112,18 @@ def _measure_case(
 def _cell(case: Case, provider: str, device: torch.device) -> results.Cell:
     return {
         **asdict(case),
-        "threads": torch.get_num_threads() if device.type == "cpu" else 0,
+        "threads": threads_of(device),
         "bytes": floor_bytes(case),
         "provider": provider,
         "status": "ok",
         "note": "",
         "seconds": {},
     }
+
+
+def threads_of(device: torch.device) -> int:
+    """Return the threads that a case is computed with; 0 on a GPU."""
+    return torch.get_num_threads() if device.type == "cpu" else 0
 
 
 def _recording(case: Case) -> AbstractContextManager[object]:

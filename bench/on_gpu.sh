@@ -5,10 +5,13 @@
 #   bench/on_gpu.sh OUTDIR                       every step that has not passed yet
 #   bench/on_gpu.sh OUTDIR --step bench-a        this step, again if need be
 #
-# OUTDIR gets a log for each step, the JSON of the benchmark, and NAME.done for what passed.
+# OUTDIR gets a log for each step, the JSON of the benchmark, and NAME.done for what passed. A step
+# that runs out of time goes on where it was when it is run again: Triton keeps what it compiled, the
+# benchmark what it measured. The other steps run all the same; the end says what failed.
 set -euo pipefail
 
-STEPS="build tests sanitizer indexing graphs bench-a bench-b bench-c bench-d tune selfcheck report"
+STEPS="build kernels tests-a tests-b indexing graphs bench-a sanitizer"
+STEPS+=" bench-b bench-c bench-d tune-forward tune-backward selfcheck report"
 LIMIT=480 # seconds of one step
 DEVICE=${DEVICE:-cuda}
 PYTHON=${PYTHON:-python3}
@@ -33,9 +36,13 @@ if (($# == 3)); then
 fi
 cd "$(dirname "$0")/.."
 
+if [[ $DEVICE == cuda ]]; then
+  "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' ||
+    fail "expected a GPU that torch can use, found none"
+fi
 if ! "$PYTHON" -c 'import fusednorm.triton_kernels' 2>/dev/null; then
-  "$PYTHON" -m pip install --quiet --no-index --no-build-isolation --no-deps -e . >"$OUT/install.log" 2>&1 ||
-    fail "fusednorm cannot be installed; see install.log"
+  FUSEDNORM_BUILD=none "$PYTHON" -m pip install --quiet --no-index --no-build-isolation --no-deps \
+    -e . >"$OUT/install.log" 2>&1 || fail "fusednorm cannot be installed; see install.log"
 fi
 export PYTHONUNBUFFERED=1
 unset TRITON_INTERPRET
@@ -44,68 +51,95 @@ bench() {
   "$PYTHON" -m bench "$@"
 }
 
-has_gpu() {
-  "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'
+# Plugins that happen to be installed stay out, but for the one that shares tests out to processes.
+tests() {
+  local parallel=()
+  if "$PYTHON" -c 'import xdist' 2>/dev/null; then
+    parallel=(-p xdist.plugin -n 8 --dist worksteal)
+  fi
+  PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 OMP_NUM_THREADS=1 \
+    "$PYTHON" -m pytest -q --maxfail 20 "${parallel[@]}" "$@"
 }
 
 step_build() {
-  # The compiled extension, where this version of the project has one.
-  if [[ -d csrc/cuda ]]; then
-    FUSEDNORM_BUILD=cuda "$PYTHON" setup.py build_ext --inplace
-  else
-    echo "no csrc/cuda: nothing to build"
-  fi
+  local kind=cpu
+  [[ -d csrc/cuda && $DEVICE == cuda ]] && kind=cuda
+  FUSEDNORM_BUILD=$kind "$PYTHON" setup.py build_ext --inplace
   "$PYTHON" -m fusednorm
 }
 
-step_tests() {
-  local selection=()
-  [[ -n ${TESTS:-} ]] && read -ra selection <<<"$TESTS"
-  "$PYTHON" -m pytest -q -x --ignore tests/test_codegen.py --ignore tests/test_examples.py \
-    --ignore tests/test_bench.py "${selection[@]}"
+# Also compiles what the sanitizer watches, so that it spends its time on watching.
+step_kernels() {
+  "$PYTHON" -m bench.every_kernel
+}
+
+step_tests-a() {
+  tests tests/test_terms.py tests/test_dropout.py tests/test_determinism.py
+}
+
+# The rest, without what runs on no GPU.
+step_tests-b() {
+  local file files=()
+  for file in tests/test_*.py; do
+    case $(basename "$file" .py) in
+      test_terms | test_dropout | test_determinism) ;;
+      test_bench | test_codegen | test_config | test_cpu | test_examples | test_imports | test_simt) ;;
+      *) files+=("$file") ;;
+    esac
+  done
+  tests "${files[@]}"
 }
 
 step_sanitizer() {
   local tool
-  has_gpu || fail "sanitizer: expected a GPU that torch can use, found none"
   command -v compute-sanitizer >/dev/null || fail "sanitizer: compute-sanitizer is not installed"
   for tool in memcheck racecheck initcheck synccheck; do
     echo "== $tool"
     # Without the caching allocator an access out of bounds is one out of an allocation.
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 115 compute-sanitizer --tool "$tool" \
-      --error-exitcode 1 --kernel-regex kns=layer_norm "$PYTHON" -m bench.every_kernel
+      --error-exitcode 1 --kernel-regex kns=layer_norm "$PYTHON" -m bench.every_kernel |
+      tee "$OUT/$tool.log"
+    grep -Eq "SUMMARY: 0 (errors|hazards)" "$OUT/$tool.log" || fail "sanitizer: $tool says nothing"
   done
 }
 
 step_indexing() {
-  "$PYTHON" -m pytest -q tests/test_layouts.py -k "int32 or 2_31 or device"
+  tests tests/test_layouts.py -k "int32 or 2_31 or device"
 }
 
 step_graphs() {
-  "$PYTHON" -m pytest -q tests/test_determinism.py tests/test_compile.py -k "graph or equal"
+  tests tests/test_determinism.py tests/test_compile.py -k "graph or equal"
+}
+
+# Compiling takes torch.compile longer than measuring takes everybody.
+measure() {
+  bench --device "$DEVICE" --seconds 420 --out "$OUT/$1.json" "${@:2}"
 }
 
 step_bench-a() {
-  bench --device "$DEVICE" --out "$OUT/bench-a.json" ${QUICK:+--quick}
+  measure bench-a --quick
 }
 
 step_bench-b() {
-  bench --device "$DEVICE" --out "$OUT/bench-b.json" --group "${GROUP_B:-bandwidth}" \
-    --mode layer_norm/forward --mode layer_norm/backward
+  measure bench-b --group "${GROUP_B:-bandwidth}" --mode layer_norm/forward --mode layer_norm/backward
 }
 
 step_bench-c() {
-  bench --device "$DEVICE" --out "$OUT/bench-c.json" --group "${GROUP_C:-models}" \
-    --mode layer_norm/forward --mode layer_norm/backward --mode add/both
+  measure bench-c --group "${GROUP_C:-models}" --without torch.compile \
+    --mode layer_norm/forward --mode layer_norm/backward
 }
 
 step_bench-d() {
-  bench --device "$DEVICE" --out "$OUT/bench-d.json" --group "${GROUP_D:-latency}" \
+  measure bench-d --group "${GROUP_D:-latency}" --without torch.compile \
     --mode layer_norm/forward --mode layer_norm/both
 }
 
-step_tune() {
-  bench tune --seconds 400 --dtype bfloat16 | tee "$OUT/tune.diff"
+step_tune-forward() {
+  bench tune --seconds 420 --dtype bfloat16 --direction forward | tee "$OUT/tune-forward.diff"
+}
+
+step_tune-backward() {
+  bench tune --seconds 420 --dtype bfloat16 --direction backward | tee "$OUT/tune-backward.diff"
 }
 
 step_selfcheck() {
@@ -120,7 +154,8 @@ step_report() {
   done
 }
 
-export -f bench has_gpu fail
+export -f bench tests measure fail
+failed=()
 for step in $STEPS; do
   if [[ -e $OUT/$step.done ]]; then
     echo "== $step: passed before"
@@ -132,8 +167,16 @@ for step in $STEPS; do
   export OUT PYTHON DEVICE
   code=0
   timeout "$LIMIT" bash -euo pipefail -c "step_$step" 2>&1 | tee "$OUT/$step.log" || code=$?
-  ((code != 124)) || fail "$step: not done after $LIMIT seconds; see $step.log"
-  ((code == 0)) || fail "$step: exit code $code; see $step.log"
-  touch "$OUT/$step.done"
-  echo "== $step: passed in $((SECONDS - start)) s"
+  case $code in
+    0)
+      touch "$OUT/$step.done"
+      echo "== $step: passed in $((SECONDS - start)) s"
+      continue
+      ;;
+    124) why="not done after $LIMIT seconds; run it again" ;;
+    *) why="exit code $code" ;;
+  esac
+  echo "== $step: $why; see $step.log" >&2
+  failed+=("$step")
 done
+((${#failed[@]} == 0)) || fail "failed: ${failed[*]}"

@@ -159,12 +159,11 @@ def plots(results: Results) -> dict[str, Any]:
     matplotlib.use("Agg")
     # Words stay words, and the same results give the same file.
     matplotlib.rcParams.update({"svg.hashsalt": "fusednorm", "font.size": 9})
-    what = metrics(results)[0]
     figures = {}
-    for name, sweep, axis in (("bandwidth", "cols", "N"), ("latency", "rows", "M")):
-        panels = _panels(results, sweep, what)
-        if panels:
-            figures[name] = _figure(panels, sweep, axis, what, results)
+    for what in metrics(results)[:1]:
+        for name, sweep, axis in (("bandwidth", "cols", "N"), ("latency", "rows", "M")):
+            if panels := _panels(results, sweep, what):
+                figures[name] = _figure(panels, sweep, axis, what, results)
     return figures
 
 

@@ -117,7 +117,7 @@ def measure_rung(
     sets = timing.input_sets(floor_bytes(case), device)
     inputs = [draw(case, device, generator) for _ in range(sets)]
     contestants: dict[Any, timing.Measure] = {}
-    for candidate in dict.fromkeys((now, *CANDIDATES)):
+    for candidate in _different(direction, dtype, cols, (now, *CANDIDATES)):
         with codegen.forced_tier(direction, DTYPES[dtype].itemsize, candidate):
             try:
                 with provider.scope():
@@ -131,6 +131,18 @@ def measure_rung(
         return None
     found = timing.interleave(contestants, settings.rounds)
     return Rung(cols, now, {name: seconds["device"] for name, seconds in found.items()})
+
+
+def _different(
+    direction: str, dtype: str, cols: int, candidates: Iterable[tuple[int, int]]
+) -> list[tuple[int, int]]:
+    """Return the first candidate for each tile that they lead to: many share one."""
+    tiles: dict[object, tuple[int, int]] = {}
+    itemsize = DTYPES[dtype].itemsize
+    for candidate in candidates:
+        with codegen.forced_tier(direction, itemsize, candidate):
+            tiles.setdefault(codegen.tile(direction, itemsize, cols), candidate)
+    return list(tiles.values())
 
 
 def _forced(

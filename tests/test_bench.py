@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 import sys
@@ -193,12 +194,18 @@ def test_our_backends_are_taken_or_named_as_missing(monkeypatch: pytest.MonkeyPa
     absent = find(["fusednorm-cuda"], CPU)
     assert not absent[0]
     assert "cuda" in absent[1]["fusednorm-cuda"]
-    monkeypatch.setattr(backends, "NAMES", ("cuda", *backends.NAMES))
-    monkeypatch.setattr(backends, "_unfit", lambda backend, device: None)
+    used: list[str] = []
+
+    def use(name: str) -> contextlib.AbstractContextManager[None]:
+        used.append(name)
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(backends, "use", use)
     (ours,), missing = find(["fusednorm-cuda"], CPU)
     assert not missing
+    used.clear()
     with ours.scope():
-        assert backends.explain(torch.empty(1)).backend == "cuda"
+        assert used == ["cuda"]
     assert {f"fusednorm-{name}" for name in backends.NAMES} <= providers.MAKERS.keys()
 
 
@@ -348,6 +355,8 @@ WITHOUT_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a G
     "arguments",
     [
         ["--provider", "nobody"],
+        ["--without", "nobody"],
+        ["--seconds", "1"],
         ["--provider", "liger", "--device", "cpu"],
         ["--group", "nothing"],
         ["--mode", "layer_norm"],
@@ -413,6 +422,43 @@ def test_run_from_the_command_line(
     assert "hold no sweep" in capsys.readouterr().err
 
 
+def test_run_goes_on_where_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Out of time, a run leaves what it has; the next one with the same file adds the rest."""
+    monkeypatch.setattr("bench.cases.shapes", lambda *_: [(8, 64), (4, 96)])
+    monkeypatch.setattr(timing, "asymptotic_bandwidth", lambda _: 1e9)
+    monkeypatch.setattr(timing, "WARM_UP", 0.0)
+    path = tmp_path / "parts.json"
+    arguments = ["--device", "cpu", "--mode", "layer_norm/forward", "--out", str(path)]
+    arguments += ["--provider", "torch", "--provider", "fusednorm-torch"]
+    arguments += ["--without", "fusednorm-torch"]
+    assert main([*arguments, "--seconds", "-1"]) == 1
+    assert results.load(path)["cells"] == []
+    assert "2 of 2 cases are left" in capsys.readouterr().out
+    clock = Clock()
+    monkeypatch.setattr("bench.measure.time.monotonic", clock)
+
+    def advance(*_: object) -> None:
+        clock.now += 3.0
+
+    monkeypatch.setattr("bench.measure.check", lambda *_: advance() or "")
+    assert main([*arguments, "--seconds", "2"]) == 1
+    first = results.load(path)["cells"]
+    assert {cell["rows"] for cell in first} == {8}
+    assert main([*arguments, "--seconds", "2"]) == 0
+    cells = results.load(path)["cells"]
+    assert cells[: len(first)] == first
+    assert {cell["rows"] for cell in cells[len(first) :]} == {4}
+    assert {cell["provider"] for cell in cells} == {COPY, "torch"}
+    found = results.load(path)
+    found["environment"]["device"] = "another"
+    results.save(found, path)
+    with pytest.raises(SystemExit):
+        main([*arguments, "--seconds", "2"])
+    assert "another device" in capsys.readouterr().err
+
+
 # Tuning.
 
 
@@ -437,6 +483,23 @@ def test_tuning_proposes_what_gains_more_than_the_spread() -> None:
             assert "+        # N=1024: 9.0 us, 10.0 us before" in tune.diff(before, after)
     with pytest.raises(ValueError, match="no forward tiers of 3 bytes"):
         tune.rewrite(before, "forward", 3, tiers)
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_tuning_tries_no_tile_twice(direction: str) -> None:
+    pytest.importorskip("triton")
+    from bench import codegen, tune
+
+    for cols, most in ((256, 12), (4096, 4)):
+        now = codegen.tier(direction, 2, cols)
+        chosen = tune._different(direction, "bfloat16", cols, (now, *tune.CANDIDATES))
+        assert chosen[0] == now
+        assert 1 < len(chosen) <= most
+        tiles = set()
+        for candidate in chosen:
+            with codegen.forced_tier(direction, 2, candidate):
+                tiles.add(codegen.tile(direction, 2, cols))
+        assert len(tiles) == len(chosen)
 
 
 def test_forced_tier_is_undone() -> None:
