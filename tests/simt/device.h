@@ -72,7 +72,7 @@ void sync_block();
 void sync_cluster();
 
 void check_load(const char* what, const void* from, int bytes);
-void check_partial();
+void check_partial(const void* from, int bytes);
 void check_store(const void* to, int bytes);
 char* shared_memory();
 void check_shared_load(const char* what, const void* from, int bytes);
@@ -169,8 +169,7 @@ DEVICE Words load_once(const Words* from) {
   return simt::read<Words>(from);
 }
 DEVICE float load_partial(const float* from) {
-  simt::check_partial();
-  simt::check_load("load_partial", from, sizeof(float));
+  simt::check_partial(from, sizeof(float));
   return simt::read<float>(from);
 }
 template <class V>

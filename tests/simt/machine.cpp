@@ -64,7 +64,7 @@ struct Thread : Place {
 constexpr char at_shuffle[] = "shuffle_xor", at_block[] = "sync_block",
                at_cluster[] = "sync_cluster";
 
-Processors device_in_use;
+Processors device_in_use = {3, 228 << 10, true};
 
 Time now = 0, cluster_start, cluster_time;
 int at_cluster_barrier;
@@ -191,7 +191,6 @@ bool run_cluster(int64_t first_block) {
     thread.waits_at = nullptr;
     thread.started = thread.ended = false;
     thread.waited_for_previous = !running.dependent;
-    thread.groups = 0;
     thread.copies.clear();
     ready.push_back(&thread);
   }
@@ -273,7 +272,7 @@ class Region : public Buffer {
   std::vector<uint32_t> writers;  // of each two bytes: 1 + the number of the thread in the grid
 };
 
-std::vector<Region> regions;
+std::vector<Region> regions, regions_before;  // of this launch, and of the one before
 
 inline void check_alignment(const char* what, uintptr_t at, int bytes) {
   if (at % bytes)
@@ -311,9 +310,14 @@ inline Region& region_of(const char* what, const void* pointer, int bytes, bool 
 
 void check_load(const char* what, const void* from, int bytes) {
   region_of(what, from, bytes, false);
+  if (!running.dependent) return;
+  for (Region& region : regions_before)
+    if (region.written && region.has(reinterpret_cast<uintptr_t>(from), bytes))
+      fault(what, " of ", region.name, ", which the kernel before writes: expected load_partial");
 }
 
-void check_partial() {
+void check_partial(const void* from, int bytes) {
+  region_of("load_partial", from, bytes, false);
   if (!current().waited_for_previous)
     fault("load_partial before wait_for_previous_kernel in a dependent kernel");
 }
@@ -475,6 +479,7 @@ const char* run(const std::vector<Buffer>& buffers, const Launch& how,
     return say("launch: expected a plain launch on a device without clusters");
   running = how;
   body = &thread;
+  regions_before = std::move(regions);
   regions.clear();
   for (const Buffer& buffer : buffers) regions.emplace_back(buffer);
   make_fibers(threads_of_cluster());

@@ -17,6 +17,7 @@ struct Matrices {
 template <class F>
 void for_each_buffer(const Matrices& p, F&& f) {
   f(Buffer{"in", p.in, rows, cols * 4, stride * 4, false});
+  f(Buffer{"gap", p.in + cols, 3, 8, 0, false});  // half a vector, expanded to three rows
   f(Buffer{"out", p.out, rows, cols * 4, stride * 4, true});
 }
 
@@ -61,6 +62,15 @@ PLANTED(load_from_nowhere) {
 PLANTED(load_vector_past_row) {
   const int i = thread_index() * 4;
   if (i < cols) store(words(out(p, i)), load(words(in(p, FAULT ? i + 4 : i))));
+}
+
+PLANTED(load_vector_across_end) {
+  const int i = thread_index();
+  store(out(p, i), load(in(p, i)));
+  if (FAULT)
+    load(words(p.in + cols));
+  else
+    load(p.in + cols + 1);
 }
 
 PLANTED(load_output) {
@@ -299,6 +309,21 @@ PLANTED(copy_of_another_thread) {
   store_reversed(p);
 }
 
+// The blocks of odd index leave copies behind, which must not arrive in those that come after.
+PLANTED(copy_of_another_block) {
+  const int i = thread_index();
+  if (block_index() % 2 == 0) {
+    if (!FAULT) write_own(p);
+    wait_for_copies<0>();
+    sync_block();
+    store_reversed(p);
+  } else {
+    start_copies(p);
+    commit_copies();
+    store(out(p, i), load(in(p, cols - 1 - i)));
+  }
+}
+
 PLANTED(store_under_copy) {
   start_copies(p);
   commit_copies();
@@ -432,6 +457,7 @@ constexpr Case cases[] = {
     CASE(load_before_buffer, global),
     CASE(load_from_nowhere, global),
     CASE(load_vector_past_row, global),
+    CASE(load_vector_across_end, global),
     CASE(load_output, global),
     CASE(store_past_row, global),
     CASE(store_to_input, global),
@@ -462,6 +488,7 @@ constexpr Case cases[] = {
     CASE(copy_not_waited_for, block),
     CASE(copy_not_committed, block),
     CASE(copy_of_another_thread, block),
+    CASE(copy_of_another_block, block),
     CASE(store_under_copy, block),
     CASE(copy_over_read, block),
     CASE(ring_waits_for_too_few, ring),
