@@ -19,8 +19,13 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 CHOICES = ("none", "cpu", "cuda", "auto")
-SOURCES = ["csrc/cpu_ops.cpp", "csrc/cpu/levels.cpp", "csrc/cpu/portable.cpp"]
-HEADERS = ["equation.h", "cpu/layer_norm.h", "cpu/levels.h", "cpu/kernels.h", "cpu/simd.h"]
+SOURCES = [
+    *("csrc/extension.cpp", "csrc/cpu_ops.cpp", "csrc/cpu/levels.cpp", "csrc/cpu/portable.cpp")
+]
+HEADERS = [
+    *("equation.h", "arguments.h", "cpu_ops.h"),
+    *("cpu/layer_norm.h", "cpu/levels.h", "cpu/kernels.h", "cpu/simd.h"),
+]
 # What each build of the kernels may use; the extension chooses when it is loaded.
 LEVEL_FLAGS = {
     "csrc/cpu/avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],

@@ -1,14 +1,11 @@
 // The CPU kernels as fusednorm/cpu.py calls them: share out among threads, add up partial sums.
 //
-// Tensors come as their addresses, laid out and allocated there. Of torch only the thread pool is
-// used, by its stable ABI, and of Python the limited API.
-#include <Python.h>
+// Of torch only the thread pool is used, by its stable ABI.
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
-#include <exception>
 #include <memory>
 #include <new>
 
@@ -16,18 +13,16 @@
 #include <sys/mman.h>
 #endif
 
+#include "arguments.h"
 #include "cpu/layer_norm.h"
+#include "cpu_ops.h"
 
+namespace fusednorm {
 namespace {
 
-using fusednorm::DType;
-using fusednorm::Forward;
-using fusednorm::Problem;
-using fusednorm::Rows;
-using fusednorm::Term;
-using fusednorm::cpu::Backward;
-using fusednorm::cpu::Fold;
-using fusednorm::cpu::Kernels;
+using cpu::Backward;
+using cpu::Fold;
+using cpu::Kernels;
 
 // Elements of work that are worth another thread.
 constexpr int64_t grain = 16384;
@@ -58,92 +53,12 @@ void advise_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] size_t byte
 #endif
 }
 
-// The arguments of a call from Python, one after the other.
-class Arguments {
- public:
-  explicit Arguments(PyObject* const* first) : next_(first) {}
-
-  int64_t integer() { return PyLong_AsLongLong(*next_++); }
-  double number() { return PyFloat_AsDouble(*next_++); }
-  void* address() { return PyLong_AsVoidPtr(*next_++); }
-  DType dtype() { return DType(integer()); }
-
-  // None, or a tuple of the tensor, its address, its stride, its dtype.
-  Rows rows() {
-    PyObject* tuple = *next_++;
-    if (tuple == Py_None) return {};
-    Arguments fields(tuple, 1, 3);
-    return {fields.address(), fields.integer(), fields.dtype()};
-  }
-
-  // The same, where rows are to be written that lie one after the other.
-  Rows output(int64_t count) {
-    Rows rows = this->rows();
-    const size_t bytes = rows.data ? count * rows.stride * size_of(rows.dtype) : 0;
-    if (bytes >= huge_page_bytes) advise_huge_pages(rows.data, bytes);
-    rows.beyond_cache = bytes >= streamed_bytes;
-    return rows;
-  }
-
-  // None, or a tuple of the tensor, its address, its stride, its dtype, whether it is one number.
-  Term term() {
-    PyObject* tuple = *next_++;
-    if (tuple == Py_None) return {};
-    Arguments fields(tuple, 1, 4);
-    Term term;
-    term.data = fields.address();
-    term.stride = fields.integer();
-    term.dtype = fields.dtype();
-    term.is_number = fields.integer();
-    return term;
-  }
-
-  void problem(Problem& p) {
-    p.rows = integer();
-    p.cols = integer();
-    p.rows_per_sample = integer();
-    p.compute = dtype();
-    p.x_hat_dtype = dtype();
-    p.rms = integer();
-    p.dropout.seed = static_cast<const int64_t*>(address());
-    const double rate = number();
-    p.dropout.drop_below = uint32_t(std::min(std::nearbyint(rate * 4294967296.0), 4294967295.0));
-    p.dropout.inverse_keep = 1.0 / (1.0 - rate);
-    p.gate = term();
-    p.weight = term();
-    p.bias = term();
-    p.scale = term();
-  }
-
- private:
-  Arguments(PyObject* tuple, int first, int count) : next_(fields_) {
-    for (int i = 0; i < count; ++i) fields_[i] = PyTuple_GetItem(tuple, first + i);
-  }
-
-  PyObject* const* next_;
-  PyObject* fields_[4];
-};
-
-class WithoutGil {
- public:
-  WithoutGil() : state_(PyEval_SaveThread()) {}
-  ~WithoutGil() { PyEval_RestoreThread(state_); }
-
- private:
-  PyThreadState* state_;
-};
-
-// Runs f, which reads its arguments and then computes; returns what Python is to get.
-template <class F>
-PyObject* call(const F& f) {
-  try {
-    f();
-  } catch (const std::exception& error) {
-    return PyErr_Format(PyExc_RuntimeError, "%s", error.what());
-  }
-  if (PyErr_Occurred()) return nullptr;
-  Py_INCREF(Py_None);
-  return Py_None;
+// Rows to be written that lie one after the other.
+Rows output(Rows rows, int64_t count) {
+  const size_t bytes = rows.data ? count * rows.stride * size_of(rows.dtype) : 0;
+  if (bytes >= huge_page_bytes) advise_huge_pages(rows.data, bytes);
+  rows.beyond_cache = bytes >= streamed_bytes;
+  return rows;
 }
 
 PyObject* forward(PyObject*, PyObject* const* first, Py_ssize_t) {
@@ -156,14 +71,14 @@ PyObject* forward(PyObject*, PyObject* const* first, Py_ssize_t) {
     p.x = arguments.rows();
     p.residual = arguments.rows();
     p.h_dtype = arguments.dtype();
-    p.h = arguments.output(p.rows);
-    p.z = arguments.output(p.rows);
+    p.h = output(arguments.rows(), p.rows);
+    p.z = output(arguments.rows(), p.rows);
     p.mean = arguments.address();
     p.rstd = arguments.address();
     if (PyErr_Occurred()) return;
 
     const WithoutGil unlocked;
-    const Kernels& kernels = fusednorm::cpu::kernels();
+    const Kernels& kernels = cpu::kernels();
     parallel_for(p.rows, divide_up(grain, p.cols),
                  [&](int64_t first, int64_t last) { kernels.forward(p, first, last); });
   });
@@ -225,8 +140,8 @@ PyObject* backward(PyObject*, PyObject* const* first, Py_ssize_t) {
     p.x = arguments.rows();
     p.mean = arguments.address();
     p.rstd = arguments.address();
-    p.dx = arguments.output(p.rows);
-    p.dresidual = arguments.output(p.rows);
+    p.dx = output(arguments.rows(), p.rows);
+    p.dresidual = output(arguments.rows(), p.rows);
     const Term dgate = arguments.term(), dweight = arguments.term(), dbias = arguments.term(),
                dscale = arguments.term(), dshift = arguments.term();
     if (PyErr_Occurred()) return;
@@ -250,7 +165,7 @@ PyObject* backward(PyObject*, PyObject* const* first, Py_ssize_t) {
     p.dscale = partials[3].data();
     p.dshift = partials[4].data();
 
-    const Kernels& kernels = fusednorm::cpu::kernels();
+    const Kernels& kernels = cpu::kernels();
     parallel_for(p.tasks, 1,
                  [&](int64_t first, int64_t last) { kernels.backward(p, first, last); });
     for (const Partials& gradient : partials) gradient.fold(kernels);
@@ -260,16 +175,14 @@ PyObject* backward(PyObject*, PyObject* const* first, Py_ssize_t) {
 PyObject* level(PyObject*, PyObject* args) {
   const char* name = nullptr;
   if (!PyArg_ParseTuple(args, "|s", &name)) return nullptr;
-  if (name && !fusednorm::cpu::use_level(name))
+  if (name && !cpu::use_level(name))
     return PyErr_Format(PyExc_ValueError, "level: this processor cannot run '%s'", name);
-  return PyUnicode_FromString(fusednorm::cpu::kernels().level);
+  return PyUnicode_FromString(cpu::kernels().level);
 }
 
-PyCFunction fast(PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t)) {
-  return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
-}
+}  // namespace
 
-PyMethodDef methods[] = {
+PyMethodDef cpu_methods[] = {
     {"forward", fast(forward), METH_FASTCALL, "Compute the equation; see fusednorm/cpu.py."},
     {"backward", fast(backward), METH_FASTCALL, "Differentiate it; see fusednorm/cpu.py."},
     {"level", level, METH_VARARGS,
@@ -278,10 +191,4 @@ PyMethodDef methods[] = {
     {nullptr, nullptr, 0, nullptr},
 };
 
-PyModuleDef module = {
-    PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr,
-};
-
-}  // namespace
-
-PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&module); }
+}  // namespace fusednorm

@@ -50,10 +50,12 @@ def _version(package: str) -> str:
 
 
 def _extension() -> str:
-    """Return which build of the compiled CPU kernels is in use, or why there is none."""
+    """Return what the compiled extension has, or why there is none."""
     if (missing := backends.extension_missing()) is not None:
         return missing
-    return f"cpu kernels for {importlib.import_module('fusednorm._C').level()}"
+    has_cuda = backends.cuda_missing() is None
+    level = importlib.import_module("fusednorm._C").level()
+    return f"cpu kernels for {level}, {'cuda kernels' if has_cuda else 'no cuda kernels'}"
 
 
 def _devices() -> list[torch.device]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fusednorm import ops, reference
-from fusednorm.reference import Spec
+from fusednorm.spec import Spec
 
 Tensors = tuple[Tensor | None, ...]
 """x, residual, gate, weight, bias, scale and shift, which are differentiable, and the seed."""

@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fusednorm.validation import fail
 
-NAMES = ("triton", "cpu", "torch")
+NAMES = ("triton", "cuda", "cpu", "torch")
 _VARIABLE = "FUSEDNORM_BACKEND"
 _MIN_CAPABILITY = (8, 0)
 
@@ -84,6 +84,25 @@ def extension_missing() -> str | None:
 
 
 @cache
+def cuda_missing() -> str | None:
+    """Return why the CUDA kernels of the extension cannot be loaded, or None once they are."""
+    if (missing := extension_missing()) is not None:
+        return missing
+    if hasattr(importlib.import_module("fusednorm._C"), "cuda_forward"):
+        return None
+    return "the compiled extension has no CUDA kernels (FUSEDNORM_BUILD=cuda)"
+
+
+def _missing(backend: str) -> str | None:
+    """Return why `backend` is not installed, or None where it is."""
+    if backend == "triton":
+        return _triton_missing()
+    if backend == "cuda":
+        return cuda_missing()
+    return extension_missing() if backend == "cpu" else None
+
+
+@cache
 def _interpreted() -> bool:
     """Return whether Triton runs its kernels in the interpreter, on CPU tensors."""
     import triton
@@ -97,17 +116,27 @@ def _triton_unfit(device: torch.device) -> str | None:
     if (missing := _triton_missing()) is not None:
         return missing
     if device.type == "cuda":
-        if (
-            torch.version.hip is None
-            and (capability := torch.cuda.get_device_capability(device)) < _MIN_CAPABILITY
-        ):
-            return f"compute capability {capability[0]}.{capability[1]} is below 8.0"
-        return None
+        return None if torch.version.hip is not None else _too_old(device)
     if device.type == "cpu":
         return (
             None if _interpreted() else "cpu tensors need Triton's interpreter (TRITON_INTERPRET=1)"
         )
     return f"the kernels are built for cuda devices, not {device.type}"
+
+
+def _too_old(device: torch.device) -> str | None:
+    """Return why the kernels do not run on an NVIDIA GPU, or None where they do."""
+    capability = torch.cuda.get_device_capability(device)
+    if capability < _MIN_CAPABILITY:
+        return f"compute capability {capability[0]}.{capability[1]} is below 8.0"
+    return None
+
+
+def _cuda_unfit(device: torch.device) -> str | None:
+    """Return why the compiled CUDA kernels cannot run on `device`, or None where they can."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return f"the kernels are built for NVIDIA GPUs, not {device.type}"
+    return cuda_missing() or _too_old(device)
 
 
 def _cpu_unfit(device: torch.device) -> str | None:
@@ -123,6 +152,8 @@ def _unfit(backend: str, device: torch.device) -> str | None:
         return None
     if backend == "triton":
         return _triton_unfit(device)
+    if backend == "cuda":
+        return _cuda_unfit(device)
     return _cpu_unfit(device)
 
 
@@ -138,8 +169,8 @@ def serves(backend: str, device: torch.device) -> bool:
 
 def kernels(device: torch.device) -> str | None:
     """Return the name of the kernels that run on `device`: those requested, if they serve it."""
-    if _requested == "triton" and serves("triton", device):
-        return "triton"
+    if _requested in ("triton", "cuda") and serves(_requested, device):
+        return _requested
     if device.type == "cpu" and serves("cpu", device):
         return "cpu"
     return "triton" if serves("triton", device) else None
@@ -163,8 +194,7 @@ def _automatic(tensor: Tensor) -> Choice:
 
 def available() -> tuple[str, ...]:
     """Return the names of the implementations that are installed, the preferred one first."""
-    missing = {"triton": _triton_missing(), "cpu": extension_missing()}
-    return tuple(name for name in NAMES if missing.get(name) is None)
+    return tuple(name for name in NAMES if _missing(name) is None)
 
 
 def explain(tensor: Tensor) -> Choice:
@@ -210,7 +240,7 @@ def use(backend: str) -> Iterator[None]:
     Backward follows the forward it belongs to, wherever it runs.
 
     Args:
-        backend: ``"triton"``, ``"cpu"`` or ``"torch"``.
+        backend: ``"triton"``, ``"cuda"``, ``"cpu"`` or ``"torch"``.
 
     Raises:
         ValueError: There is no such backend, or it is not installed.
@@ -222,8 +252,7 @@ def use(backend: str) -> Iterator[None]:
     """
     global _requested, _requested_by
     _check_name("backends.use", backend)
-    checks = {"triton": _triton_missing, "cpu": extension_missing}
-    if backend in checks and (missing := checks[backend]()) is not None:
+    if (missing := _missing(backend)) is not None:
         fail("backends.use", "an installed backend", f"{backend!r}: {missing}")
     previous = _requested, _requested_by
     _requested, _requested_by = backend, "backends.use"

@@ -12,15 +12,17 @@ import torch
 from torch import Tensor
 
 from fusednorm import _C  # type: ignore[attr-defined]
-from fusednorm.addresses import (
+from fusednorm.compiled import (
     DTYPE,
     address,
+    allocate_gradients,
+    allocate_outputs,
     describe_rows,
     describe_vector,
     problem,
-    rows_and_columns,
+    zero,
 )
-from fusednorm.reference import Gradients, Mask
+from fusednorm.spec import Gradients, Mask, rows_and_columns
 from fusednorm.validation import fail
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -54,13 +56,8 @@ def layer_norm_fwd(
     with _current(x.device):
         _check(x, (residual,), (out_dtype, h_dtype), (gate, scale, shift), x_hat_dtype, cols)
         _check_parameters(x, weight, bias)
-        z = torch.empty(x.shape, dtype=out_dtype, device=x.device)
-        h = mean = rstd = None
-        if h_dtype is not None and store_h:
-            h = torch.empty_like(z)
-        if save_stats:
-            rstd = torch.empty(rows, dtype=torch.float32, device=x.device)
-            mean = None if rms else torch.empty_like(rstd)
+        wanted = out_dtype, h_dtype, save_stats, store_h
+        z, h, mean, rstd = allocate_outputs(x, rows, torch.float32, rms, *wanted)
         if rows == 0 or cols == 0:
             return z, h, mean, rstd
         options = torch.float32, None, rms, seed, dropout_p
@@ -105,23 +102,15 @@ def layer_norm_bwd(
         ValueError: The kernels do not have what is asked for.
     """
     rows, cols = rows_and_columns(h, normalized_shape)
-    want_dx, want_dresidual, _, want_dweight, want_dbias, *_ = output_mask
     with _current(h.device):
         dtypes = x_dtype, residual_dtype
         _check(h, (dz, dh), dtypes, (gate, scale, shift), x_hat_dtype, cols)
         _check_parameters(h, weight, bias)
-        dx = torch.empty(h.shape, dtype=x_dtype, device=h.device) if want_dx else None
-        dresidual = (
-            torch.empty(h.shape, dtype=residual_dtype, device=h.device) if want_dresidual else None
-        )
-        dweight = _gradient_of(weight, want_dweight and dz is not None)
-        dbias = _gradient_of(bias, want_dbias and dz is not None)
-        gradients = dx, dresidual, None, dweight, dbias, None, None
+        parameters = None, weight, bias, None, None
+        gradients = allocate_gradients(h, dtypes, parameters, output_mask, dz is not None)
         if rows == 0 or cols == 0:
-            for gradient in gradients:
-                if gradient is not None:
-                    gradient.zero_()
-            return gradients
+            return zero(gradients)
+        dx, dresidual, _, dweight, dbias, *_ = gradients
         partials = None
         if dweight is not None or dbias is not None:
             has_stream = dh is not None or dresidual is not None or seed is not None
@@ -176,12 +165,6 @@ def _check_parameters(rows: Tensor, weight: Tensor | None, bias: Tensor | None) 
     if len(dtypes) > 1 or not dtypes <= {rows.dtype, torch.float32}:
         expected = f"weight and bias of one dtype, {rows.dtype} or float32"
         fail("cuda backend", expected, " and ".join(sorted(map(str, dtypes))))
-
-
-def _gradient_of(parameter: Tensor | None, wanted: bool) -> Tensor | None:
-    if parameter is None or not wanted:
-        return None
-    return torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
 
 
 def _current(device: torch.device) -> contextlib.AbstractContextManager[object]:

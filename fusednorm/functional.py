@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.overrides import has_torch_function_variadic
 
 from fusednorm import autograd, backends, reference
-from fusednorm.reference import Spec
+from fusednorm.spec import Spec, compute_dtype
 from fusednorm.validation import (
     DTYPES,
     check_dropout,
@@ -424,7 +424,7 @@ def _torch_norm(
 
 def _default_eps(*tensors: Tensor | None) -> float:
     dtypes = (getattr(tensor, "dtype", None) for tensor in tensors)
-    return torch.finfo(reference.compute_dtype(*dtypes)).eps
+    return torch.finfo(compute_dtype(*dtypes)).eps
 
 
 def _output_dtype(input: Tensor, rms: bool) -> torch.dtype:

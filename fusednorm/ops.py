@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fusednorm import backends, reference
-from fusednorm.reference import Gradients, Mask, Spec
+from fusednorm.spec import Gradients, Mask, Spec, compute_dtype, rows_and_columns
 
 _SPEC = "SymInt[] normalized_shape, float eps, bool rms, float dropout_p"
 _library = torch.library.Library("fusednorm", "DEF")
@@ -67,9 +67,18 @@ def _cpu_kernels() -> Kernels:
     return Kernels(cpu.layer_norm_fwd, cpu.layer_norm_bwd)
 
 
+@cache
+def _cuda_kernels() -> Kernels:
+    from fusednorm import cuda
+
+    return Kernels(cuda.layer_norm_fwd, cuda.layer_norm_bwd)
+
+
 def kernels(device: torch.device) -> Kernels | None:
     """Return the kernels that run on `device`, or None where the reference has to."""
     backend = backends.kernels(device)
+    if backend == "cuda":
+        return _cuda_kernels()
     if backend == "cpu":
         return _cpu_kernels()
     return None if backend is None else _TRITON_KERNELS
@@ -158,8 +167,8 @@ def _layer_norm_fwd_fake(
     x_hat_dtype: torch.dtype | None,
 ) -> tuple[Tensor, ...]:
     spec = Spec(tuple(normalized_shape), eps, rms, dropout_p, out_dtype, h_dtype, x_hat_dtype)
-    rows = reference.row_count(x, spec)
-    stats = reference.compute_dtype(x.dtype, h_dtype)
+    rows, _ = rows_and_columns(x, spec.normalized_shape)
+    stats = compute_dtype(x.dtype, h_dtype)
     z = x.new_empty(x.shape, dtype=out_dtype)
     h = None if h_dtype is None else x.new_empty(x.shape, dtype=h_dtype)
     mean = None if rms else x.new_empty(rows, dtype=stats)

@@ -11,62 +11,17 @@ Gate, scale and shift are [1 or S, N or 1]: S samples of M / S consecutive rows 
 
 from __future__ import annotations
 
-import math
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-Gradients = tuple[
-    Tensor | None,
-    Tensor | None,
-    Tensor | None,
-    Tensor | None,
-    Tensor | None,
-    Tensor | None,
-    Tensor | None,
-]
-Mask = tuple[bool, bool, bool, bool, bool, bool, bool]
-"""One entry for each of x, residual, gate, weight, bias, scale and shift."""
-
-
-class Spec(NamedTuple):
-    """What a call computes beside its tensors.
-
-    Attributes:
-        normalized_shape: The trailing dimensions that form a row.
-        eps: Added to the variance.
-        rms: Whether the mean is taken as 0.
-        dropout_p: The share of the elements of x that dropout zeroes.
-        out_dtype: dtype of z.
-        h_dtype: dtype that h is rounded to; None where h is x itself.
-        x_hat_dtype: dtype that x_hat is rounded to before the affine part, or None.
-    """
-
-    normalized_shape: tuple[int, ...]
-    eps: float
-    rms: bool
-    dropout_p: float
-    out_dtype: torch.dtype
-    h_dtype: torch.dtype | None
-    x_hat_dtype: torch.dtype | None
-
-
-def compute_dtype(*dtypes: torch.dtype | None) -> torch.dtype:
-    """Return the dtype of statistics and sums: float64 where x or h is, else float32."""
-    return torch.float64 if torch.float64 in dtypes else torch.float32
-
-
-def row_count(x: Tensor, spec: Spec) -> int:
-    """Return M."""
-    return math.prod(x.shape[: x.dim() - len(spec.normalized_shape)])
+from fusednorm.spec import Gradients, Mask, Spec, compute_dtype, rows_and_columns
 
 
 def _by_sample(x: Tensor, spec: Spec, *terms: Tensor | None) -> Tensor:
     """Return `x` as [S, M / S, N]."""
     samples = max([1, *(term.shape[0] for term in terms if term is not None)])
-    rows = row_count(x, spec)
-    return x.reshape(samples, rows // max(samples, 1), math.prod(spec.normalized_shape))
+    rows, cols = rows_and_columns(x, spec.normalized_shape)
+    return x.reshape(samples, rows // max(samples, 1), cols)
 
 
 def _factor(term: Tensor, like: Tensor) -> Tensor:
@@ -143,7 +98,7 @@ def layer_norm(
     Forward-mode derivatives nest here; those of ``torch.native_layer_norm`` do not.
     """
     h = stream(x, residual, gate, _keep(seed, x, spec), spec)
-    rows = h.reshape(row_count(h, spec), math.prod(spec.normalized_shape))
+    rows = h.reshape(rows_and_columns(h, spec.normalized_shape))
     x_hat, mean, rstd = _normalize(rows.to(compute_dtype(x.dtype, h.dtype)), spec)
     y = _affine(x_hat, weight, bias, spec.x_hat_dtype).reshape(x.shape)
     z = modulate(y, scale, shift, spec)
@@ -229,8 +184,8 @@ def _keep(seed: Tensor | None, x: Tensor, spec: Spec) -> Tensor | None:
     """
     if seed is None:
         return None
-    cols = math.prod(spec.normalized_shape)
-    row = torch.arange(row_count(x, spec), device=x.device)[:, None]
+    rows, cols = rows_and_columns(x, spec.normalized_shape)
+    row = torch.arange(rows, device=x.device)[:, None]
     quad = torch.arange(-(-cols // 4), device=x.device)[None, :]
     words = torch.stack(_philox(quad, row & _WORD, row >> 32, torch.zeros_like(row), seed), -1)
     words = words.reshape(words.shape[0], 4 * words.shape[1])[:, :cols]

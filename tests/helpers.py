@@ -14,7 +14,7 @@ from torch import Tensor
 
 import fusednorm
 from fusednorm import reference
-from fusednorm.reference import Spec
+from fusednorm.spec import Spec
 
 INTERPRETED = not torch.cuda.is_available()
 

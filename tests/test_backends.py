@@ -131,8 +131,8 @@ def test_auto_on_cuda(
 
 def test_triton_is_available_here() -> None:
     """The preferred implementation comes first, and torch is always there."""
-    assert backends.NAMES == ("triton", "cpu", "torch")
-    assert set(backends.NAMES) - set(INSTALLED) <= {"cpu"}
+    assert backends.NAMES == ("triton", "cuda", "cpu", "torch")
+    assert set(backends.NAMES) - set(INSTALLED) <= {"cuda", "cpu"}
 
 
 def _without_triton() -> tuple[str, ...]:

@@ -24,7 +24,7 @@ from spies import few_programs, record_launches
 from torch import Tensor
 
 from fusednorm import add_layer_norm, backends, layer_norm, ops
-from fusednorm.reference import Spec
+from fusednorm.spec import Spec
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 COLS = (64, 769, 1024, 4097, 12288)

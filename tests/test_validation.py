@@ -324,7 +324,7 @@ def test_the_module_raises_the_same(backend: str) -> None:
 # backends
 
 
-@pytest.mark.parametrize("name", ["cuda", "Triton", "", None, 1, ["triton"]], ids=repr)
+@pytest.mark.parametrize("name", ["cudnn", "Triton", "", None, 1, ["triton"]], ids=repr)
 def test_unknown_backend(name: Any) -> None:
     """The known names are listed, and the request in force stays in force."""
     with backends.use("torch"):
@@ -334,7 +334,7 @@ def test_unknown_backend(name: Any) -> None:
                 pytest.fail("entered")
 
         message = _message(ValueError, enter)
-        assert message == f"backends.use: expected one of triton, cpu, torch, got {name!r}"
+        assert message == f"backends.use: expected one of triton, cuda, cpu, torch, got {name!r}"
         assert backends.explain(_ones(1)).reason == "requested by backends.use"
 
 
@@ -395,7 +395,7 @@ def test_unknown_backend_in_the_environment() -> None:
     )
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == (
-        "ValueError: FUSEDNORM_BACKEND: expected one of triton, cpu, torch, got 'cudnn'"
+        "ValueError: FUSEDNORM_BACKEND: expected one of triton, cuda, cpu, torch, got 'cudnn'"
     )
 
 

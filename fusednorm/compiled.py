@@ -1,4 +1,4 @@
-"""How tensors go to the compiled extension: as addresses, strides and dtypes.
+"""What the launchers of the compiled kernels share: allocation, and tensors as addresses.
 
 The dispatcher would take longer over the arguments than the kernels over a small tensor. A tuple
 that describes a tensor holds it, too, until the call ends.
@@ -6,10 +6,10 @@ that describes a tensor holds it, too, until the call ends.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
+
+from fusednorm.spec import Gradients, Mask
 
 DTYPE = {None: 0, torch.float16: 1, torch.bfloat16: 2, torch.float32: 3, torch.float64: 4}
 
@@ -20,9 +20,59 @@ Term = tuple[Tensor, int, int, int, bool]
 """Tensor, address, elements from one sample to the next, dtype, whether it is one number."""
 
 
-def rows_and_columns(x: Tensor, normalized_shape: tuple[int, ...]) -> tuple[int, int]:
-    """Return M and N."""
-    return math.prod(x.shape[: x.dim() - len(normalized_shape)]), math.prod(normalized_shape)
+def allocate_outputs(
+    x: Tensor,
+    rows: int,
+    compute: torch.dtype,
+    rms: bool,
+    out_dtype: torch.dtype,
+    h_dtype: torch.dtype | None,
+    save_stats: bool,
+    store_h: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Allocate z and, where they are wanted, h, mean and rstd."""
+    h = mean = rstd = None
+    if h_dtype is not None and store_h:
+        h = _empty_like(x, h_dtype)
+    if save_stats:
+        rstd = x.new_empty(rows, dtype=compute)
+        mean = None if rms else torch.empty_like(rstd)
+    return _empty_like(x, out_dtype), h, mean, rstd
+
+
+def allocate_gradients(
+    h: Tensor,
+    dtypes: tuple[torch.dtype, torch.dtype],
+    parameters: tuple[Tensor | None, ...],
+    output_mask: Mask,
+    through_z: bool,
+) -> Gradients:
+    """Allocate dx, dresidual and those of gate, weight, bias, scale and shift that are wanted.
+
+    Without a gradient of z there is none but those of x, residual and gate.
+    """
+    dx, dresidual = (
+        _empty_like(h, dtype) if wanted else None
+        for dtype, wanted in zip(dtypes, output_mask[:2], strict=True)
+    )
+    dgate, *others = (
+        None if parameter is None or not wanted else _empty_like(parameter, parameter.dtype)
+        for parameter, wanted in zip(parameters, output_mask[2:], strict=True)
+    )
+    dweight, dbias, dscale, dshift = others if through_z else (None,) * 4
+    return dx, dresidual, dgate, dweight, dbias, dscale, dshift
+
+
+def zero(gradients: Gradients) -> Gradients:
+    """Fill the gradients of a tensor without elements."""
+    for gradient in gradients:
+        if gradient is not None:
+            gradient.zero_()
+    return gradients
+
+
+def _empty_like(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(tensor, dtype=dtype, memory_format=torch.contiguous_format)
 
 
 def problem(
@@ -40,7 +90,10 @@ def problem(
     shift: Tensor | None,
 ) -> tuple[object, ...]:
     """Return what every kernel is given first."""
-    samples = max([term.shape[0] for term in (gate, scale, shift) if term is not None], default=1)
+    samples = 1
+    for term in (gate, scale, shift):
+        if term is not None:
+            samples = max(samples, term.shape[0])
     return (
         rows,
         cols,

@@ -1,0 +1,19 @@
+// The module: the functions of what was built.
+#include "cpu_ops.h"
+#ifdef FUSEDNORM_CUDA
+#include "cuda_ops.h"
+#endif
+
+static PyModuleDef module = {
+    PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr,
+};
+
+PyMODINIT_FUNC PyInit__C() {
+  PyObject* const created = PyModule_Create(&module);
+  if (created == nullptr) return nullptr;
+  if (PyModule_AddFunctions(created, fusednorm::cpu_methods) < 0) return nullptr;
+#ifdef FUSEDNORM_CUDA
+  if (PyModule_AddFunctions(created, fusednorm::cuda_methods) < 0) return nullptr;
+#endif
+  return created;
+}
