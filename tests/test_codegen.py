@@ -176,6 +176,22 @@ def test_shared_memory_fits(rungs: list[Entry], arch: str) -> None:
 
 
 @pytest.mark.parametrize("arch", NVIDIA)
+def test_programs_that_the_grid_counts_on_fit(rungs: list[Entry], arch: str) -> None:
+    """A program too many would wait until the others are done, and double the time."""
+    counted = [e for e in rungs if e["arch"] == arch and e["counted"] > 0]
+    assert {e["counted"] for e in counted} >= {1, 2, 3, 4}
+    check(
+        counted,
+        lambda e: (
+            f"{e['counted']} counted on, {e['programs']} fit: {e['registers']} registers, "
+            f"{e['shared']} bytes"
+            if e["programs"] < e["counted"]
+            else ""
+        ),
+    )
+
+
+@pytest.mark.parametrize("arch", NVIDIA)
 def test_activations_move_in_full_vectors(rungs: list[Entry], arch: str) -> None:
     entries = [e for e in rungs if e["arch"] == arch and e["kind"] != "finalize"]
     assert any(e["vector_bytes"] == 16 for e in entries)

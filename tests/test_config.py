@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from itertools import pairwise
 
 import pytest
@@ -84,12 +85,33 @@ def test_tile_covers_the_row(itemsize: int, arch: Architecture) -> None:
 @every_device
 @every_itemsize
 def test_few_lanes_are_idle(itemsize: int, arch: Architecture) -> None:
-    """Under a quarter of a tile is padding, except in rows of a few sectors."""
+    """Under a quarter of a tile is padding, except in rows of a few sectors.
+
+    The backward keeps sums of what it holds, and takes half of a tile for padding rather than five
+    chunks.
+    """
     for cols in COLS:
         for name, tile in _resident(cols, itemsize, arch).items():
             lanes = tile.chunks * tile.block_n
             if tile.block_n * itemsize > MIN_BLOCK_BYTES or cols * itemsize > 4 * MIN_BLOCK_BYTES:
-                assert 4 * (lanes - cols) < lanes, (cols, name)
+                few = 4 * (lanes - cols) < lanes
+                forced = name == "backward" and _ceil_div(cols, tile.block_n // 2) > 4
+                assert few or (forced and 2 * (lanes - cols) < lanes), (cols, name)
+
+
+@every_device
+@every_itemsize
+@pytest.mark.parametrize("gate_gradient", [False, True])
+def test_backward_keeps_few_columns_a_thread(
+    itemsize: int, arch: Architecture, gate_gradient: bool
+) -> None:
+    """Two or three sums for each of 24 columns of 16 bits are what a thread has registers for."""
+    for cols in COLS:
+        backward = backward_config(cols, itemsize, arch, 2 * itemsize, gate_gradient)
+        tile = backward.tile
+        threads = tile.num_warps * arch.warp_size
+        held = tile.rows * tile.chunks * tile.block_n // threads
+        assert held * itemsize <= (48 if itemsize == 2 else 64), cols
 
 
 @every_device
@@ -98,6 +120,8 @@ def test_idle_lanes_of_short_rows_share_a_sector(itemsize: int, arch: Architectu
     """Padding beyond a quarter is never a whole block of it."""
     for cols in COLS:
         for name, tile in _resident(cols, itemsize, arch).items():
+            if name == "backward" and _ceil_div(cols, tile.block_n // 2) > 4:
+                continue  # rows that would take five chunks
             assert (tile.chunks * tile.block_n - cols) * itemsize < max(
                 MIN_BLOCK_BYTES, cols * itemsize / 3 + 1
             ), (cols, name)
@@ -194,15 +218,34 @@ def test_pipeline_fits_in_shared_memory(itemsize: int, arch: Architecture) -> No
 
 @every_device
 def test_register_limit(arch: Architecture) -> None:
-    """A program may use the whole register file and no more, in what the hardware encodes."""
+    """Programs may use the whole register file and no more, in what the hardware encodes."""
     for num_warps in (1, 2, 4, 8, 16, 32):
-        limit = arch.max_registers(num_warps)
-        if arch.registers == 0:
-            assert limit is None
-        else:
-            assert limit is not None
-            assert 32 <= limit <= 255
-            assert limit * num_warps * arch.warp_size <= arch.registers
+        for programs in (1, 2, 3, 4):
+            limit = arch.max_registers(num_warps, programs)
+            if arch.registers == 0:
+                assert limit is None
+            else:
+                assert limit is not None
+                # A warp's registers come in units of 256.
+                given = _ceil_div(limit, 8) * 8
+                assert given * num_warps * arch.warp_size * programs <= arch.registers
+                assert 16 <= limit <= 255
+
+
+@every_device
+@every_itemsize
+@pytest.mark.parametrize("gate_gradient", [False, True])
+def test_backward_has_registers_for_its_sums(
+    itemsize: int, arch: Architecture, gate_gradient: bool
+) -> None:
+    """What the grid counts on leaves a thread over five registers for each column of a sum."""
+    for cols, streams in itertools.product(COLS, (2, 3, 4)):
+        backward = backward_config(cols, itemsize, arch, streams * itemsize, gate_gradient)
+        tile = backward.tile
+        limit = arch.max_registers(tile.num_warps, backward.programs_per_processor)
+        held = tile.rows * tile.chunks * tile.block_n // (tile.num_warps * arch.warp_size)
+        if limit is not None and backward.form != "reload":
+            assert limit >= held * max(1, itemsize // 4) * (5 + gate_gradient), cols
 
 
 @every_itemsize

@@ -47,15 +47,14 @@ def _load_factor(
     TERM_VECTOR: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
-    """Return the tile of weight * (1 + scale), by which dz becomes g, or None where it is 1."""
-    weight = load_parameter(weight_ptr, cols, N, ROWS)
+    """Return the tile of weight * (1 + scale), by which dz becomes g; one of them is there."""
     if scale_ptr is None:
-        return weight
+        return load_parameter(weight_ptr, cols, N, ROWS)
     else:
         scale = load_term(scale_ptr, scale_stride, samples, cols, N, SCALE_SCALAR, TERM_VECTOR)
         factor = 1.0 + scale.to(COMPUTE)
-        if weight is not None:
-            factor *= weight.to(COMPUTE)
+        if weight_ptr is not None:
+            factor *= load_parameter(weight_ptr, cols, N, ROWS).to(COMPUTE)
         return factor
 
 
@@ -120,18 +119,20 @@ def layer_norm_bwd_sums_kernel(
     for i in tl.range(0, steps):
         cols = chunk_columns(i, BLOCK_N)
         mask = cols[None, :] < N
-        factor = _load_factor(
-            weight_ptr,
-            scale_ptr,
-            scale_stride,
-            samples,
-            cols,
-            N,
-            1,
-            SCALE_SCALAR,
-            TERM_VECTOR,
-            COMPUTE,
-        )
+        factor = None
+        if weight_ptr is not None or scale_ptr is not None:
+            factor = _load_factor(
+                weight_ptr,
+                scale_ptr,
+                scale_stride,
+                samples,
+                cols,
+                N,
+                1,
+                SCALE_SCALAR,
+                TERM_VECTOR,
+                COMPUTE,
+            )
         x_hat, _, g = _load_chunk(h_rows, dz_rows, factor, mean, rstd, cols, mask, COMPUTE)
         g_x_hat += g * x_hat
         g_sum += g
@@ -855,7 +856,7 @@ def _launch(
             NUM_STAGES=config.num_stages,
             **layout,
             **constants,
-            **launch.options(tile.num_warps, arch),
+            **launch.options(tile.num_warps, arch, config.programs_per_processor),
         )
         jobs = (dweight is not None) + (dbias is not None)
         term_rows = [

@@ -26,6 +26,10 @@ thread, which the backward accumulators alone would fill."""
 LOOPED_THREADS = 1024
 """Threads of a program that walks a row and keeps nothing of it."""
 
+MOST_CHUNKS = 4
+"""Chunks of a row that the backward keeps, unless wider ones do not exist: five would be 40 columns
+of 16 bits a thread, and spill hundreds of registers once there is a gate or dropout."""
+
 MIN_BLOCK_BYTES = 32
 """The smallest tile of a row, one DRAM sector. Rows shorter than a few sectors may leave more than
 a quarter of the lanes idle, but idle lanes of a fetched sector cost no bandwidth."""
@@ -51,15 +55,15 @@ class Architecture:
     shared_bytes: int
     registers: int
 
-    def max_registers(self, num_warps: int) -> int | None:
-        """Return the registers a thread may use if its program has a processor to itself.
+    def max_registers(self, num_warps: int, programs: int = 1) -> int | None:
+        """Return the registers a thread may use where `programs` share a processor.
 
         Without a limit, ptxas aims at an occupancy of its own choice and spills a few registers to
-        reach it.
+        reach it. Registers are given out by eights.
         """
         if self.registers == 0:
             return None
-        return min(255, self.registers // (num_warps * self.warp_size))
+        return min(255, self.registers // (programs * num_warps * self.warp_size) // 8 * 8)
 
 
 @dataclass(frozen=True)
@@ -91,8 +95,8 @@ class BackwardConfig:
             the row sums in a kernel of their own and then works by column blocks.
         sums: How the split form's first kernel walks a row; None in the other forms.
         num_stages: Depth of the row pipeline; 1 means that nothing is prefetched.
-        programs_per_processor: Programs that the grid counts on per processor, at 128 registers a
-            thread.
+        programs_per_processor: Programs that the grid counts on per processor. The launch limits a
+            thread to its share of the registers, so that this many really fit.
     """
 
     tile: RowTile
@@ -175,9 +179,16 @@ def _idle_lanes(cols: int, block: int) -> float:
 
 
 def _row_tile(
-    cols: int, itemsize: int, per_thread: int, rows_per_thread: int, warp_size: int
+    cols: int,
+    itemsize: int,
+    per_thread: int,
+    rows_per_thread: int,
+    warp_size: int,
+    most_chunks: int = 32,
 ) -> RowTile:
     """Tile a row so that a thread holds about `per_thread` elements and under a quarter is idle.
+
+    More is idle where less would take more than `most_chunks`.
 
     Args:
         cols: Columns of the row, N.
@@ -186,6 +197,7 @@ def _row_tile(
         rows_per_thread: Rows of which a thread may hold a part where a warp holds whole rows and
             `per_thread` elements are more than its share of one.
         warp_size: Threads of a warp.
+        most_chunks: Chunks that the tile may have before a quarter of it is idle.
     """
     vector = VECTOR_BYTES // itemsize
     block = max(MIN_BLOCK, next_power_of_two(cols))
@@ -193,7 +205,11 @@ def _row_tile(
         # Long rows: the fewest threads that hold the row, never fewer than 32, so that short rows
         # need no reduction across warps and vectors stay 16 bytes wide.
         block = max(next_power_of_two(-(-cols * vector // per_thread)), 32 * vector)
-    while block * itemsize > MIN_BLOCK_BYTES and _idle_lanes(cols, block) >= 0.25:
+    while (
+        block * itemsize > MIN_BLOCK_BYTES
+        and _idle_lanes(cols, block) >= 0.25
+        and -(-cols // (block // 2)) <= most_chunks
+    ):
         block //= 2
     block = min(block, MAX_THREADS * vector)
     chunks = -(-cols // block)
@@ -212,6 +228,29 @@ def _looped_tile(itemsize: int, warp_size: int) -> RowTile:
     walk one row, whose second walk finds it in L2: 132 rows of 131072 16-bit columns are 35 MB.
     """
     return RowTile(LOOPED_THREADS * VECTOR_BYTES // itemsize, 1, 1, LOOPED_THREADS // warp_size)
+
+
+def _resident_threads(
+    cols: int,
+    itemsize: int,
+    tile: RowTile,
+    stream_bytes: int,
+    gate_gradient: bool,
+    warp_size: int,
+) -> int:
+    """Return how many threads of the persistent backward share the registers of a processor.
+
+    512 threads have 128 registers each, 384 have 168 and 256 have 255. A thread keeps two sums for
+    each of its columns, or three with the gradient of a gate; float64 takes twice the registers,
+    and more for its arithmetic. `python -m bench codegen` shows what the compilers make of it.
+    """
+    held = tile.rows * tile.chunks * tile.block_n / (tile.num_warps * warp_size)
+    held *= (1.5 if gate_gradient else 1.0) * (3 if itemsize == 8 else 1)
+    step = (held > 16) + (held > 24)
+    # Of several rows each has addresses of its own in a third tensor, or where no vector aligns.
+    if tile.rows > 1 and (stream_bytes > 2 * itemsize or cols * itemsize % VECTOR_BYTES):
+        step += 1
+    return (512, 384, 256, 256)[step]
 
 
 def _tier(tiers: dict[int, tuple[Tier, ...]], cols: int, itemsize: int) -> Tier | None:
@@ -250,11 +289,13 @@ def backward_config(
     per_thread = longest.per_thread // length
     if tier:
         form = "resident"
-        tile = _row_tile(cols, itemsize, per_thread, tier.rows_per_thread, arch.warp_size)
+        share = per_thread, tier.rows_per_thread
+        tile = _row_tile(cols, itemsize, *share, arch.warp_size, MOST_CHUNKS)
     elif itemsize == 2 and cols <= MAX_THREADS * most:
         # At `most` columns a thread the accumulators leave no room for h and dz as well; wider
         # types spill even so.
-        form, tile = "reload", _row_tile(cols, itemsize, per_thread, 1, arch.warp_size)
+        form = "reload"
+        tile = _row_tile(cols, itemsize, per_thread, 1, arch.warp_size, MOST_CHUNKS)
         stream_bytes *= 2  # the pipeline fetches the second reading as well
     else:
         form, sums = "split", _looped_tile(itemsize, arch.warp_size)
@@ -267,7 +308,8 @@ def backward_config(
     # reductions need under 1 KB beside them.
     depths = (3, 2) if itemsize < 8 else (2,)
     num_stages = next((s for s in depths if (s - 1) * stage_bytes + 1024 <= arch.shared_bytes), 1)
-    by_registers = MAX_THREADS // (tile.num_warps * arch.warp_size)
+    threads = _resident_threads(cols, itemsize, tile, stream_bytes, gate_gradient, arch.warp_size)
+    by_registers = threads // (tile.num_warps * arch.warp_size)
     by_shared = arch.shared_bytes // ((num_stages - 1) * stage_bytes + 1024)
     return BackwardConfig(tile, form, sums, num_stages, max(1, min(by_registers, by_shared)))
 

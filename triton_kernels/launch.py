@@ -44,11 +44,11 @@ def architecture(device: torch.device) -> Architecture:
     )
 
 
-def options(num_warps: int, arch: Architecture) -> dict[str, object]:
-    """Return Triton's launch options for a program of `num_warps`."""
+def options(num_warps: int, arch: Architecture, programs: int = 1) -> dict[str, object]:
+    """Return Triton's launch options for a program of `num_warps`, `programs` to a processor."""
     # Fusing multiply and add saves a rounding; newer Triton would stop doing it by default.
     chosen: dict[str, object] = {"num_warps": num_warps, "enable_fp_fusion": True}
-    if (limit := arch.max_registers(num_warps)) is not None:
+    if (limit := arch.max_registers(num_warps, programs)) is not None:
         chosen["maxnreg"] = limit
     return chosen
 
