@@ -71,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_providers(run)
     run.add_argument("--out", type=Path, help="JSON file, else bench/results/DEVICE-DATE.json")
+    _add_readme(run)
     run.add_argument(
         "--seconds",
         type=float,
@@ -81,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     report = add("report", _report, "print, plot and render results")
     report.add_argument("results", type=Path)
     report.add_argument("--metric", choices=results.METRICS)
+    _add_readme(report)
 
     compare = add("compare", _compare, "show what changed beyond the spread")
     compare.add_argument("before", type=Path)
@@ -106,6 +108,12 @@ def _parser() -> argparse.ArgumentParser:
     _add_device(check)
     add("host-time", _host_time, "host time of a small call against nn.LayerNorm")
     return parser
+
+
+def _add_readme(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--readme", action="store_true", help="put the common case's table into README.md"
+    )
 
 
 def _add_device(parser: argparse.ArgumentParser) -> None:
@@ -219,17 +227,21 @@ def _run(args: argparse.Namespace) -> int:
         found["cells"] = known["cells"] + found["cells"]
     path = args.out or results.path_of(found)
     results.save(found, path)
-    _show(found, path)
+    _show(found, path, args.readme)
     if measured == len(left):
         return 0
     print(f"bench: {len(left) - measured} of {len(grid)} cases are left; run it again for them")
     return 1
 
 
-def _show(found: results.Results, path: Path, metric: str | None = None) -> int:
-    from . import report
+def _show(
+    found: results.Results, path: Path, readme: bool = False, metric: str | None = None
+) -> int:
+    from . import excerpt, report
 
     print(report.table(found, metric) if metric else report.terminal(found))
+    if readme:
+        excerpt.write(found, path.stem)
     for written in (path, *report.write(found, path)):
         print(written)
     return 0
@@ -239,7 +251,7 @@ def _report(args: argparse.Namespace) -> int:
     found = results.load(args.results)
     if args.metric and args.metric not in results.metrics(found):
         raise ValueError(f"--metric: {args.results} has {', '.join(results.metrics(found))}")
-    return _show(found, args.results, args.metric)
+    return _show(found, args.results, args.readme, args.metric)
 
 
 def _compare(args: argparse.Namespace) -> int:

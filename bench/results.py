@@ -32,7 +32,7 @@ def environment(device: torch.device) -> dict[str, str]:
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "threads": str(torch.get_num_threads()),
-        "load": f"{os.getloadavg()[0]:.1f} of {os.cpu_count()} processors before the run",
+        "load": f"{os.getloadavg()[0]:.1f} on {os.cpu_count()} processors before the run",
     }
     for package in ("fusednorm", "torch", "triton", "numpy"):
         found[package] = _version(package)

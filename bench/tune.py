@@ -8,6 +8,7 @@ its place. Nothing is tuned at run time: what wins is for a person to read and t
 from __future__ import annotations
 
 import difflib
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import median
@@ -166,13 +167,16 @@ def main(dtypes: Sequence[str] | None, direction: str | None, seconds: float) ->
         itemsize = DTYPES[dtype].itemsize
         for way in (direction,) if direction else ("forward", "backward"):
             columns = codegen.resident_rungs(way, itemsize)
-            choices = []
+            choices, measured = [], 0
             for cols in text.progress(columns, f"{way} {dtype} rung"):
                 now = codegen.tier(way, itemsize, cols)
-                if time.monotonic() > end:  # what was not measured stays
-                    choices.append(Choice(cols, now, ""))
-                elif rung := measure_rung(way, dtype, cols, device, settings, generator):
-                    choices.append(choose(rung))
+                rung = None
+                if time.monotonic() < end:
+                    rung = measure_rung(way, dtype, cols, device, settings, generator)
+                measured += rung is not None
+                # What was not measured stays.
+                choices.append(choose(rung) if rung else Choice(cols, now, ""))
+            print(f"tune: measured {measured} of {len(columns)} rungs", file=sys.stderr)
             after = rewrite(after, way, itemsize, ladder(choices))
     print(diff(before, after) or "the policy stands: no rung gains more than its spread")
     return 0
