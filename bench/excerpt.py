@@ -44,7 +44,7 @@ def markdown(results: Results, name: str) -> str:
         [
             *("| " + " | ".join(line) + " |" for line in lines),
             *("", *textwrap.wrap(text, 118), ""),
-            f"![Percent of the speed of a copy, by N](bench/results/{name}-bandwidth.svg)",
+            f"![percent of the speed of a copy, by N](bench/results/{name}-bandwidth.svg)",
         ]
     )
 

@@ -16,7 +16,7 @@ import torch
 # Last, so that the installed package stays the one that is tested.
 sys.path.append(str(Path(__file__).parents[1]))
 
-from bench import compare, providers, report, results, scaling, selfcheck, text, timing
+from bench import compare, excerpt, providers, report, results, scaling, selfcheck, text, timing
 from bench.__main__ import main
 from bench.cases import MODES, NORMS, Case, cases, draw, floor_bytes
 from bench.measure import COPY, Settings, check, measure
@@ -236,7 +236,8 @@ def made_up(scale: float = 1.0, noise: float = 0.0) -> results.Results:
     )
     return {
         "schema": results.SCHEMA,
-        "environment": {"device": "A & B", "date": "2026-01-02 03:04 UTC", "commit": "abc"},
+        "environment": {"device": "A & B", "date": "2026-01-02 03:04 UTC", "commit": "abc"}
+        | {"clock": "wall", "threads": "2", "load": "0.1 on 2 processors before the run"},
         "providers": {"torch": "2"},
         "missing": {"liger": "liger-kernel is not installed"},
         "copy_gbps": 10.0,
@@ -344,6 +345,38 @@ def test_table_marks_the_best_and_sets_ours_against_it() -> None:
     row = next(line for line in lines if "8192x1024" in line or "16384x1024" in line)
     assert re.search(r"33%.*50% \*.*1\.50x", row), row
     assert any("WRONG" in line for line in lines)
+
+
+# The README.
+
+
+def test_readme_quotes_results_that_exist() -> None:
+    """Its table is the one that the results file gives, and no other figure stands beside it."""
+    readme = excerpt.README.read_text(encoding="utf-8")
+    section = readme.split("\n## Benchmark\n")[1].split("\n## ")[0]
+    (name,) = re.findall(excerpt.FIRST.format(name="([^ ]+)"), section)
+    found = results.load(results.FOLDER / f"{name}.json")
+    before, _, rest = section.partition(excerpt.FIRST.format(name=name))
+    quoted, _, after = rest.partition(excerpt.LAST)
+    assert quoted.strip() == excerpt.markdown(found, name), "run python -m bench report --readme"
+    assert not re.findall(r"\d[\d.]*\s?(?:x|%|[mun]s|[GT]B/s)(?!\w)", before + after)
+    for plot in re.findall(r"\((bench/results/[^)]*)\)", quoted):
+        assert (excerpt.README.parent / plot).stat().st_size > 1000
+
+
+def test_readme_excerpt_takes_the_place_of_the_former(tmp_path: Path) -> None:
+    readme = tmp_path / "README.md"
+    marks = excerpt.FIRST.format(name="old") + "\nold\n" + excerpt.LAST
+    readme.write_text(f"before\n{marks}\nafter\n", encoding="utf-8")
+    for name in ("new", "newer"):
+        excerpt.write(made_up(), name, readme)
+        made = readme.read_text(encoding="utf-8")
+        assert made.startswith(f"before\n<!-- bench/results/{name}.json -->\n| case | copy | torch")
+        assert made.endswith(f"{name}-bandwidth.svg)\n<!-- end of the results -->\nafter\n")
+    assert re.search(r"\n\| LayerNorm, forward \| .* \| \*\*.* 50%\*\* \| .*1\.50x ±0% \|\n", made)
+    readme.write_text("no marks", encoding="utf-8")
+    with pytest.raises(ValueError, match="expected one place for results, found 0"):
+        excerpt.write(made_up(), "new", readme)
 
 
 # Bad input.
