@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
 FUSEDNORM_BUILD ?= auto
-SOURCES := $(wildcard csrc/* csrc/cpu/*)
+SOURCES := $(shell find csrc -type f)
 
 .PHONY: train test lint bench codegen mutants clean
 
@@ -19,7 +19,7 @@ test: $(VENV)/ready
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror csrc/*.* csrc/cpu/*
+	$(BIN)/clang-format --dry-run --Werror $(SOURCES) $(wildcard tests/simt/*)
 	$(BIN)/mypy -p fusednorm
 
 # Two minutes of the benchmark: table, plots and page in bench/results. ARGS="--help" for more.

@@ -4,37 +4,21 @@ from __future__ import annotations
 
 import ctypes
 import re
-import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from simt_library import CSRC, SIMT, compile_for_host
 from torch import Tensor
 
-TESTS = Path(__file__).resolve().parent
-SIMT = TESTS / "simt"
-CSRC = TESTS.parent / "csrc"
 ROWS, COLS, STRIDE = 4, 64, 68  # of planted.cpp
 
 
-def compile_for_host(built: Path, *sources: Path) -> ctypes.CDLL:
-    """Return a library of kernels and of the machine that runs them."""
-    if sys.platform != "linux" or shutil.which("g++") is None:
-        pytest.skip("the host stands in for a GPU on Linux, where there is g++")
-    flags = ["-std=c++17", "-O1", "-Wall", "-fPIC", "-shared", f"-I{SIMT}", f"-I{CSRC}"]
-    machine = SIMT / "machine.cpp"
-    subprocess.run(["g++", *flags, "-x", "c++", *sources, machine, "-o", built], check=True)
-    return ctypes.CDLL(str(built))
-
-
 @pytest.fixture(scope="session")
-def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+def library() -> ctypes.CDLL:
     """The planted kernels."""
-    built = tmp_path_factory.mktemp("simt") / "planted.so"
-    library = compile_for_host(built, SIMT / "planted.cpp")
+    library = ctypes.CDLL(str(compile_for_host(SIMT / "planted.cpp")))
     for name in ("run_case", "run_copy", "run_shuffle", "run_cluster_sum", "run_fresh_shared"):
         getattr(library, name).restype = ctypes.c_char_p
     return library

@@ -128,6 +128,7 @@ DEVICE void write_partials(const float (&dz_x_hat)[backward_tiers[TIER].elements
 template <int TIER, class T, class W, bool STREAM, bool SPLIT>
 KERNEL(backward_tiers[TIER].block(), backward_blocks(backward_tiers[TIER]))
 layer_norm_bwd_kernel(PARAMETER(BackwardParameter) p) {
+  if constexpr (SPLIT && !can_split) return;
   constexpr Tier tier = backward_tiers[TIER];
   using Ring = Ring<TIER, T, STREAM>;
   constexpr int groups = tier.groups(), chunks = Ring::chunks;

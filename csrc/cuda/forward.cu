@@ -50,6 +50,7 @@ DEVICE Moments merge(const Moments& own, int64_t cols, float* slots) {
 template <int TIER, class T, class W, bool STREAM, bool SPLIT>
 KERNEL(forward_tiers[TIER].block(), forward_blocks(forward_tiers[TIER], sizeof(T)))
 layer_norm_fwd_kernel(PARAMETER(ForwardParameter) p) {
+  if constexpr (SPLIT && !can_split) return;
   constexpr Tier tier = forward_tiers[TIER];
   constexpr int groups = tier.groups(), chunks = tier.elements / chunk;
   // Short rows: several for each group, so that a thread has 32 elements in flight.

@@ -15,6 +15,8 @@
 
 namespace fusednorm::cuda {
 
+constexpr bool can_split = true;
+
 struct Float16 {
   uint16_t bits;
 };

@@ -19,6 +19,13 @@
 
 namespace fusednorm::cuda {
 
+// Whether blocks of a cluster can share a row on what is compiled for.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr bool can_split = false;
+#else
+constexpr bool can_split = true;
+#endif
+
 // Elements as they lie in memory.
 struct Float16 {
   uint16_t bits;
