@@ -27,10 +27,9 @@ using cpu::Kernels;
 // Elements of work that are worth another thread.
 constexpr int64_t grain = 16384;
 
-// What bench/cpu_speed.py showed to pay: outputs from this size on do not stay in cache, ..
-constexpr size_t streamed_bytes = size_t(8) << 20;
-// .. and from this one on are fresh memory, whose page faults take a large part of a call.
-constexpr size_t huge_page_bytes = size_t(16) << 20;
+// Outputs from this size on do not stay in the second cache, and are fresh memory more often than
+// not, whose page faults then take most of a call: of 2 MB each they take a tenth of the time.
+constexpr size_t large = size_t(4) << 20;
 
 int64_t size_of(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
 
@@ -56,8 +55,8 @@ void advise_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] size_t byte
 // Rows to be written that lie one after the other.
 Rows output(Rows rows, int64_t count) {
   const size_t bytes = rows.data ? count * rows.stride * size_of(rows.dtype) : 0;
-  if (bytes >= huge_page_bytes) advise_huge_pages(rows.data, bytes);
-  rows.beyond_cache = bytes >= streamed_bytes;
+  if (bytes >= large) advise_huge_pages(rows.data, bytes);
+  rows.beyond_cache = bytes >= large;
   return rows;
 }
 

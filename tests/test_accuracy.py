@@ -95,6 +95,16 @@ def test_variance_of_the_hardest_rows(kernels: torch.device) -> None:
     assert (y - truth).abs().max() <= 2 * torch.finfo(torch.float32).eps * truth.abs().max()
 
 
+def test_columns_that_stand_out(kernels: torch.device) -> None:
+    """A few columns far from all others are no measure of the mean, wherever they are."""
+    cols = 40000
+    x = torch.randn(3, cols)
+    x.unflatten(1, (4, -1))[..., :16] += 1000
+    y = fusednorm.layer_norm(x.to(kernels), cols).cpu()
+    truth = F.layer_norm(x.double(), (cols,))
+    assert (y - truth).abs().max() <= 2 * torch.finfo(torch.float32).eps * truth.abs().max()
+
+
 def test_oracle_is_the_derivative_of_torch(device: torch.device) -> None:
     """The oracle of all these tests agrees with torch's float64 autograd."""
     case = make_case((3, 5), 12, torch.float64, device)

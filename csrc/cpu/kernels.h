@@ -76,6 +76,16 @@ constexpr DType dtype_of = std::is_same_v<C, double> ? DType::f64 : DType::f32;
 template <class C, class T>
 constexpr bool computes = std::is_same_v<C, double> == std::is_same_v<T, double>;
 
+// Rows that are worked on together, to share loads and to wait together for their sums. Their bits
+// do not depend on it.
+constexpr int group = 4;
+
+// Whether so many are: where rows are a multiple of 4096 bytes apart, their columns take the same
+// places in the first cache, which has eight of each at best.
+ALWAYS_INLINE bool in_groups(const Rows& rows) {
+  return rows.data == nullptr || rows.stride * bytes(rows.dtype) % 4096 != 0;
+}
+
 ALWAYS_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // Whether whole vectors of these rows, which are not read again soon, can be stored past the cache.
@@ -105,7 +115,7 @@ ALWAYS_INLINE void for_columns(int64_t cols, F&& f) {
 template <class C, int K, class F>
 ALWAYS_INLINE void sum_columns(int64_t cols, double (&totals)[K], F&& f) {
   constexpr int chains = 4;  // independent additions in flight
-  constexpr int64_t block = 4096;
+  constexpr int64_t block = 64 * chains * lanes<C>;
   for (double& total : totals) total = 0.0;
   for (int64_t col = 0; col < cols;) {
     const int64_t end = min_of(cols, col + block);
@@ -228,39 +238,73 @@ struct Statistics {
   C mean, rstd;
 };
 
-template <class C, class T>
-ALWAYS_INLINE Statistics<C> normalize(const T* h, T* z, int64_t cols, bool rms, double eps,
-                                      const Affine<C>& affine, bool streamed) {
-  C start = 0;
-  if (!rms) {
-    double total[1];
-    sum_columns<C>(cols, total, [&](int64_t col, auto part, Vector<C>* sums) {
-      sums[0] += load<C>(h + col, part);
-    });
-    start = C(total[0] / cols);
+// Returns about the mean of a row: that of a few vectors spread over it.
+template <class C, class F>
+ALWAYS_INLINE C near_mean(int64_t cols, F&& row) {
+  constexpr int pieces = 4;
+  Vector<C> sum{};
+  if (cols < pieces * lanes<C>) {
+    for_columns<C>(cols, [&](int64_t col, auto part) { sum += row(col, part); });
+    return add_lanes<C, lanes<C>>(sum) / C(cols);
   }
-  double totals[2];
+#pragma GCC unroll 4
+  for (int piece = 0; piece < pieces; ++piece)
+    sum += row(cols / pieces / lanes<C> * lanes<C> * piece, Whole{});
+  return add_lanes<C, lanes<C>>(sum) / C(pieces * lanes<C>);
+}
+
+template <class C, class F>
+ALWAYS_INLINE void sum_centred(int64_t cols, C centre, double (&totals)[2], F&& row) {
   sum_columns<C>(cols, totals, [&](int64_t col, auto part, Vector<C>* sums) {
-    const Vector<C> centred = existing<C>(load<C>(h + col, part) - start, part);
+    const Vector<C> centred = existing<C>(row(col, part) - centre, part);
     sums[0] += centred;
     sums[1] = multiply_add(centred, centred, sums[1]);
   });
-  // What rounding left in the mean: nothing cancels when its square is subtracted.
-  const double correction = rms ? 0.0 : totals[0] / cols;
-  const double variance = totals[1] / cols - correction * correction;
-  const double inverse = 1.0 / __builtin_sqrt(variance + eps);
-  const C rstd = C(inverse);
-  const C offset = C(-correction * inverse);
-  const auto x_hat = [&](int64_t col, auto part) {
-    const Vector<C> centred = load<C>(h + col, part) - start;
-    return multiply_add(centred, Vector<C>{} + rstd, Vector<C>{} + offset);
+}
+
+// Normalises R rows that `source` has: source.load(r, col, part) forms h on the first pass,
+// source.again(r, col, part) gives it once more, source.leave(r, col, part) does so for the last
+// time. What happens to a row does not depend on R.
+template <class C, int R, class T, class Source>
+ALWAYS_INLINE void normalize(const Source& source, T* const (&z)[R], int64_t cols, bool rms,
+                             double eps, const Affine<C>& affine, bool streamed,
+                             Statistics<C> (&statistics)[R]) {
+  C centre[R];
+  double totals[R][2];
+  for (int r = 0; r < R; ++r) {
+    const auto row = [&](int64_t col, auto part) { return source.load(r, col, part); };
+    centre[r] = rms ? C(0) : near_mean<C>(cols, row);
+    sum_centred<C>(cols, centre[r], totals[r], row);
+  }
+  C rstd[R], offset[R];
+  for (int r = 0; r < R; ++r) {
+    double correction = rms ? 0.0 : totals[r][0] / cols;
+    double variance = totals[r][1] / cols - correction * correction;
+    if (!(correction * correction <= 0.25 * variance)) {
+      // Digits would cancel: once more from the mean itself. What rounding left in it does no harm.
+      const auto row = [&](int64_t col, auto part) { return source.again(r, col, part); };
+      centre[r] = C(centre[r] + correction);
+      sum_centred<C>(cols, centre[r], totals[r], row);
+      correction = totals[r][0] / cols;
+      variance = totals[r][1] / cols - correction * correction;
+    }
+    const double inverse = 1.0 / __builtin_sqrt(variance + eps);
+    rstd[r] = C(inverse);
+    offset[r] = C(-correction * inverse);
+    statistics[r] = {C(centre[r] + correction), rstd[r]};
+  }
+  const auto x_hat = [&](int r, int64_t col, auto part) {
+    const Vector<C> centred = source.leave(r, col, part) - centre[r];
+    return multiply_add(centred, Vector<C>{} + rstd[r], Vector<C>{} + offset[r]);
   };
   // The most frequent case, without a branch in the loop.
   const auto plain = [&](auto streamed) {
     for_columns<C>(cols, [&](int64_t col, auto part) {
       const Vector<C> weight = load<C>(affine.weight + col, part);
       const Vector<C> bias = load<C>(affine.bias + col, part);
-      put<C>(z + col, multiply_add(x_hat(col, part), weight, bias), part, streamed);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r)
+        put<C>(z[r] + col, multiply_add(x_hat(r, col, part), weight, bias), part, streamed);
     });
   };
   if (affine.is_plain() && streamed) {
@@ -269,77 +313,178 @@ ALWAYS_INLINE Statistics<C> normalize(const T* h, T* z, int64_t cols, bool rms, 
     plain(std::false_type{});
   } else {
     for_columns<C>(cols, [&](int64_t col, auto part) {
-      Vector<C> value = rounded<C>(x_hat(col, part), affine.x_hat_dtype);
-      if (affine.weight) {
-        const Vector<C> weight = load<C>(affine.weight + col, part);
-        value = affine.bias ? multiply_add(value, weight, load<C>(affine.bias + col, part))
-                            : value * weight;
-      } else if (affine.bias) {
-        value += load<C>(affine.bias + col, part);
+      for (int r = 0; r < R; ++r) {
+        Vector<C> value = rounded<C>(x_hat(r, col, part), affine.x_hat_dtype);
+        if (affine.weight) {
+          const Vector<C> weight = load<C>(affine.weight + col, part);
+          value = affine.bias ? multiply_add(value, weight, load<C>(affine.bias + col, part))
+                              : value * weight;
+        } else if (affine.bias) {
+          value += load<C>(affine.bias + col, part);
+        }
+        if (affine.scale) value = multiply_add(value, load<C>(affine.scale + col, part), value);
+        if (affine.shift) value += load<C>(affine.shift + col, part);
+        store<C>(z[r] + col, value, part);
       }
-      if (affine.scale) value = multiply_add(value, load<C>(affine.scale + col, part), value);
-      if (affine.shift) value += load<C>(affine.shift + col, part);
-      store<C>(z + col, value, part);
     });
   }
-  return {C(start + correction), rstd};
 }
+
+// Rows that are normalised as they are.
+template <class C, class T, int R>
+struct StoredRows {
+  const T* h[R];
+
+  template <class P>
+  ALWAYS_INLINE Vector<C> load(int r, int64_t col, P part) const {
+    return ::load<C>(h[r] + col, part);
+  }
+  template <class P>
+  ALWAYS_INLINE Vector<C> again(int r, int64_t col, P part) const {
+    return load(r, col, part);
+  }
+  template <class P>
+  ALWAYS_INLINE Vector<C> leave(int r, int64_t col, P part) const {
+    return load(r, col, part);
+  }
+};
+
+// Rows of the stream, all of one type: h = residual + gate * keep * x, rounded as it is stored.
+template <class C, class T, int R>
+struct FormedRows {
+  const T *x[R], *residual[R];
+  const C *gate, *keep;
+  T *h[R], *streamed[R];
+
+  template <class P>
+  ALWAYS_INLINE Vector<C> load(int r, int64_t col, P part) const {
+    Vector<C> value = ::load<C>(x[r] + col, part);
+    if (keep) value *= ::load<C>(keep + col, part);
+    if (gate) value *= ::load<C>(gate + col, part);
+    if (residual[r]) value += ::load<C>(residual[r] + col, part);
+    store<C>(h[r] + col, value, part);
+    return sizeof(T) == sizeof(C) ? value : ::load<C>(h[r] + col, part);
+  }
+  template <class P>
+  ALWAYS_INLINE Vector<C> again(int r, int64_t col, P part) const {
+    return ::load<C>(h[r] + col, part);
+  }
+  template <class P>
+  ALWAYS_INLINE Vector<C> leave(int r, int64_t col, P part) const {
+    const Vector<C> value = ::load<C>(h[r] + col, part);
+    if (streamed[r]) put<C>(streamed[r] + col, value, part, std::true_type{});
+    return value;
+  }
+};
 
 template <class C>
-void forward_rows(const Forward& p, int64_t first, int64_t last) {
-  const int64_t cols = p.cols;
-  SampleVector<C> gates(p.gate, cols), weights(p.weight, cols), biases(p.bias, cols),
-      scales(p.scale, cols), shifts(p.shift, cols);
-  Buffer<C> keep(keep_size(cols)), source(cols), result(cols);
-  Buffer<double> stream(cols);
-  const bool own_stream = p.h_dtype != DType::none;
-  const DType h_dtype = own_stream ? p.h_dtype : p.x.dtype;
+class Normalization {
+ public:
+  explicit Normalization(const Forward& p)
+      : p_(p),
+        cols_(p.cols),
+        gates_(p.gate, cols_),
+        weights_(p.weight, cols_),
+        biases_(p.bias, cols_),
+        scales_(p.scale, cols_),
+        shifts_(p.shift, cols_),
+        keep_(keep_size(cols_)),
+        source_(cols_),
+        result_(cols_),
+        stream_(group * cols_) {}
 
-  for (int64_t row = first; row < last;) {
-    const int64_t sample = row / p.rows_per_sample;
-    const int64_t end = min_of(last, (sample + 1) * p.rows_per_sample);
-    const C* gate = gates.of(sample);
-    const Affine<C> affine{weights.of(sample), biases.of(sample), scales.of(sample),
-                           shifts.of(sample), p.x_hat_dtype};
-
-    const auto stream_of = [&](int64_t row) {
-      const Row x = row_of(p.x, row);
-      if (!own_stream) return x;
-      Row h = row_of(p.h, row);
-      if (!h) h = {reinterpret_cast<char*>(stream.get()), h_dtype};
-      const C* factors = keep_factors(p.dropout, row, cols, keep);
-      form_stream(x, row_of(p.residual, row), gate, factors, h, cols);
-      return h;
-    };
-    const auto save = [&](int64_t row, const Statistics<C>& statistics) {
-      if (p.mean) static_cast<C*>(p.mean)[row] = statistics.mean;
-      if (p.rstd) static_cast<C*>(p.rstd)[row] = statistics.rstd;
-    };
-
-    with_type(p.z.dtype, [&](auto type) {
-      using T = decltype(type);
-      if constexpr (computes<C, T>) {
-        if (h_dtype != p.z.dtype) return;
-        const bool streamed = may_stream<C, T>(p.z, cols);
-        for (; row < end; ++row) {
-          const T* h = stream_of(row).template as<T>();
-          T* z = row_of(p.z, row).template as<T>();
-          save(row, normalize<C>(h, z, cols, p.rms, p.eps, affine, streamed));
-        }
-      }
-    });
-    for (; row < end; ++row) {
-      const C* h = in_compute_type(stream_of(row), cols, source);
-      const Row z = row_of(p.z, row);
-      C* to = z.dtype == dtype_of<C> ? z.as<C>() : result.get();
-      save(row, normalize<C>(h, to, cols, p.rms, p.eps, affine, false));
-      if (z.dtype == dtype_of<C>) continue;
-      for_columns<C>(cols, [&](int64_t col, auto part) {
-        store_any<C>(z, col, load<C>(to + col, part), part);
-      });
+  void run(int64_t first, int64_t last) {
+    for (int64_t row = first; row < last;) {
+      const int64_t sample = row / p_.rows_per_sample;
+      const int64_t end = min_of(last, (sample + 1) * p_.rows_per_sample);
+      gate_ = gates_.of(sample);
+      affine_ = {weights_.of(sample), biases_.of(sample), scales_.of(sample), shifts_.of(sample),
+                 p_.x_hat_dtype};
+      row = run_directly(row, end);
+      for (; row < end; ++row) run_row(row);
     }
   }
-}
+
+ private:
+  // Normalises rows that are read and written in one type; returns the first row that is left.
+  int64_t run_directly(int64_t row, int64_t end) {
+    const DType dtype = p_.z.dtype;
+    if (p_.x.dtype != dtype || (p_.h_dtype != DType::none && p_.h_dtype != dtype) ||
+        (p_.residual.data && p_.residual.dtype != dtype))
+      return row;
+    with_type(dtype, [&](auto type) {
+      using T = decltype(type);
+      if constexpr (computes<C, T>) {
+        constexpr int64_t near = 16384;  // bytes of h that stay in the first cache
+        if (!p_.dropout.seed && group * cols_ * int64_t(sizeof(T)) <= near && in_groups(p_.x))
+          for (; row + group <= end; row += group) run_group<T, group>(row);
+        for (; row < end; ++row) run_group<T, 1>(row);
+      }
+    });
+    return row;
+  }
+
+  template <class T, int R>
+  void run_group(int64_t row) {
+    T* z[R];
+    for (int r = 0; r < R; ++r) z[r] = row_of(p_.z, row + r).template as<T>();
+    const bool streamed = may_stream<C, T>(p_.z, cols_);
+    Statistics<C> statistics[R];
+    if (p_.h_dtype == DType::none) {
+      StoredRows<C, T, R> source;
+      for (int r = 0; r < R; ++r) source.h[r] = row_of(p_.x, row + r).template as<T>();
+      normalize<C, R, T>(source, z, cols_, p_.rms, p_.eps, affine_, streamed, statistics);
+    } else {
+      FormedRows<C, T, R> source;
+      const bool streams_h = p_.h.data && may_stream<C, T>(p_.h, cols_);
+      source.gate = gate_;
+      source.keep = keep_factors(p_.dropout, row, cols_, keep_);
+      for (int r = 0; r < R; ++r) {
+        source.x[r] = row_of(p_.x, row + r).template as<T>();
+        source.residual[r] = row_of(p_.residual, row + r).template as<T>();
+        T* h = row_of(p_.h, row + r).template as<T>();
+        source.streamed[r] = streams_h ? h : nullptr;
+        source.h[r] = streams_h || !h ? reinterpret_cast<T*>(stream_.get()) + r * cols_ : h;
+      }
+      normalize<C, R, T>(source, z, cols_, p_.rms, p_.eps, affine_, streamed, statistics);
+    }
+    for (int r = 0; r < R; ++r) save(row + r, statistics[r]);
+  }
+
+  void run_row(int64_t row) {
+    const Row x = row_of(p_.x, row);
+    Row h = x;
+    if (p_.h_dtype != DType::none) {
+      h = row_of(p_.h, row);
+      if (!h) h = {reinterpret_cast<char*>(stream_.get()), p_.h_dtype};
+      const C* keep = keep_factors(p_.dropout, row, cols_, keep_);
+      form_stream(x, row_of(p_.residual, row), gate_, keep, h, cols_);
+    }
+    const Row z = row_of(p_.z, row);
+    C* const to[1] = {z.dtype == dtype_of<C> ? z.as<C>() : result_.get()};
+    const StoredRows<C, C, 1> source{{in_compute_type(h, cols_, source_)}};
+    Statistics<C> statistics[1];
+    normalize<C, 1, C>(source, to, cols_, p_.rms, p_.eps, affine_, false, statistics);
+    save(row, statistics[0]);
+    if (z.dtype == dtype_of<C>) return;
+    for_columns<C>(cols_, [&](int64_t col, auto part) {
+      store_any<C>(z, col, load<C>(to[0] + col, part), part);
+    });
+  }
+
+  void save(int64_t row, const Statistics<C>& statistics) {
+    if (p_.mean) static_cast<C*>(p_.mean)[row] = statistics.mean;
+    if (p_.rstd) static_cast<C*>(p_.rstd)[row] = statistics.rstd;
+  }
+
+  const Forward& p_;
+  int64_t cols_;
+  SampleVector<C> gates_, weights_, biases_, scales_, shifts_;
+  Buffer<C> keep_, source_, result_;
+  Buffer<double> stream_;
+  const C* gate_ = nullptr;
+  Affine<C> affine_;
+};
 
 // Sums over rows of dz * x_hat, dz, and dresidual * dropout(x), [N] each; null where not wanted.
 template <class C>
@@ -347,7 +492,7 @@ struct ColumnSums {
   C *dz_x_hat, *dz, *dgate;
 };
 
-// Differentiates R rows through the norm: adds to the sums, and writes rstd * (g - x_hat * c1 -
+// Differentiates R rows through the norm: adds to the sums, and writes rstd * (g + x_hat * c1 +
 // c2), plus dh where that is not null, to `out` where that is not null. `factor` is weight * (1 +
 // scale), null for 1.
 template <class C, int R, class T>
@@ -362,14 +507,14 @@ ALWAYS_INLINE void differentiate(const T* const (&dz)[R], const T* const (&h)[R]
       const auto [mean, rstd] = statistics[r];
       double totals[2];
       sum_columns<C>(cols, totals, [&](int64_t col, auto part, Vector<C>* sums) {
-        const Vector<C> x_hat = (load<C>(h[r] + col, part) - mean) * rstd;
+        const Vector<C> centred = load<C>(h[r] + col, part) - mean;
         Vector<C> g = load<C>(dz[r] + col, part);
         if (factor) g *= load<C>(factor + col, part);
-        sums[0] = multiply_add(g, x_hat, sums[0]);
+        sums[0] = multiply_add(g, centred, sums[0]);
         sums[1] += g;
       });
-      c1[r] = C(totals[0] / cols);
-      c2[r] = rms ? C(0) : C(totals[1] / cols);
+      c1[r] = C(-totals[0] / cols * rstd);
+      c2[r] = rms ? C(0) : C(-totals[1] / cols);
     }
   }
   // With `all` true, everything is wanted that a plain norm has, and no branch is left in the loop.
@@ -390,7 +535,7 @@ ALWAYS_INLINE void differentiate(const T* const (&dz)[R], const T* const (&h)[R]
           const Vector<C> g = all || factor ? value * weight : value;
           const Vector<C> projection =
               multiply_add(x_hat, Vector<C>{} + c1[r], Vector<C>{} + c2[r]);
-          Vector<C> total = (g - projection) * rstd;
+          Vector<C> total = (g + projection) * rstd;
           if (dh) total += load<C>(dh[r] + col, part);
           put<C>(out[r] + col, total, part, streamed);
         }
@@ -443,8 +588,6 @@ class Differentiation {
  private:
   // Short sums are added up to long ones: the error grows with the root of the number of rows.
   static constexpr int64_t rows_per_sum = 128;
-  // Rows that share the loads and stores of the sums.
-  static constexpr int group = 4;
 
   // Returns one zeroed row of partial sums, or null.
   C* partial_row(void* partials, int64_t row) {
@@ -500,7 +643,9 @@ class Differentiation {
       using T = decltype(type);
       if constexpr (computes<C, T>) {
         const bool streamed = may_stream<C, T>(p_.dx, cols_);
-        for (; row + group <= end; row += group) run_group<T, group>(row, streamed);
+        if (in_groups(p_.h) && in_groups(p_.dz))
+          for (; row + group <= end; row += group) run_group<T, group>(row, streamed);
+        for (; row + 2 <= end; row += 2) run_group<T, 2>(row, streamed);
         for (; row < end; ++row) run_group<T, 1>(row, streamed);
       }
     });
@@ -617,9 +762,9 @@ void fold_columns(const Fold& p, int64_t row, int64_t first, int64_t last) {
 
 void run_forward(const Forward& p, int64_t first_row, int64_t last_row) {
   if (p.compute == DType::f64)
-    forward_rows<double>(p, first_row, last_row);
+    Normalization<double>(p).run(first_row, last_row);
   else
-    forward_rows<float>(p, first_row, last_row);
+    Normalization<float>(p).run(first_row, last_row);
   end_of_stream();
 }
 

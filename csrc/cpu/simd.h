@@ -91,6 +91,17 @@ ALWAYS_INLINE VectorOf<float, n> widen(VectorOf<uint16_t, n> bits, bf16) {
 
 template <int n>
 ALWAYS_INLINE VectorOf<uint16_t, n> narrow(VectorOf<float, n> value, bf16) {
+#if defined(__AVX512F__)
+  if constexpr (n == 16) {
+    const __m512i bits = bits_as<__m512i>(value);
+    const __m512i last = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i half = _mm512_add_epi32(last, _mm512_set1_epi32(0x7FFF));
+    const __m512i nearest_even = _mm512_srli_epi32(_mm512_add_epi32(bits, half), 16);
+    const __mmask16 is_nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
+    return bits_as<VectorOf<uint16_t, n>>(_mm512_cvtepi32_epi16(
+        _mm512_mask_mov_epi32(nearest_even, is_nan, _mm512_set1_epi32(0x7FC0))));
+  }
+#endif
   using Words = VectorOf<uint32_t, n>;
   const Words bits = bits_as<Words>(value);
   const Words nearest_even = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
