@@ -63,7 +63,13 @@ tests() {
 
 step_build() {
   local kind=cpu
-  [[ -d csrc/cuda && $DEVICE == cuda ]] && kind=cuda
+  if [[ -d csrc/cuda && $DEVICE == cuda ]]; then
+    kind=cuda
+    # For this GPU alone: the others would take as long again, each.
+    TORCH_CUDA_ARCH_LIST=$("$PYTHON" -c \
+      'import torch; print("{}.{}".format(*torch.cuda.get_device_capability()))')
+    export TORCH_CUDA_ARCH_LIST
+  fi
   FUSEDNORM_BUILD=$kind "$PYTHON" setup.py build_ext --inplace
   "$PYTHON" -m fusednorm
 }
@@ -91,15 +97,17 @@ step_tests-b() {
 }
 
 step_sanitizer() {
-  local tool
+  local tool options
   command -v compute-sanitizer >/dev/null || fail "sanitizer: compute-sanitizer is not installed"
   for tool in memcheck racecheck initcheck synccheck; do
     echo "== $tool"
+    options=(--tool "$tool" --error-exitcode 1 --kernel-name kns=layer_norm)
+    # torch asks the driver for more than every driver has, and lives with the answer.
+    [[ $tool != memcheck ]] || options+=(--report-api-errors no)
     # Without the caching allocator an access out of bounds is one out of an allocation.
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 115 compute-sanitizer --tool "$tool" \
-      --error-exitcode 1 --kernel-regex kns=layer_norm "$PYTHON" -m bench.every_kernel |
-      tee "$OUT/$tool.log"
-    grep -Eq "SUMMARY: 0 (errors|hazards)" "$OUT/$tool.log" || fail "sanitizer: $tool says nothing"
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 115 \
+      compute-sanitizer "${options[@]}" "$PYTHON" -m bench.every_kernel | tee "$OUT/$tool.log"
+    grep -Eq "SUMMARY: 0 (errors|hazards)" "$OUT/$tool.log" || fail "sanitizer: $tool complains, or watched nothing; see $tool.log"
   done
 }
 
