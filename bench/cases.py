@@ -276,8 +276,8 @@ def shapes(group: str, itemsize: int, device: str) -> list[tuple[int, int]]:
     if group == "models":
         return list(dict.fromkeys(MODELS))
     if group == "quick":
-        # What two minutes allow: one point of the sweeps for every factor of four. On a CPU more than
-        # its caches hold, less than what malloc asks the system for at every call.
+        # What two minutes allow: one point of the sweeps for every factor of four. On a CPU more
+        # than its caches hold, less than what malloc asks the system for at every call.
         size = 64 * MEBI if device == "cuda" else 24 * MEBI
         return sweep(QUICK_COLS, itemsize, size) + [(rows, 1024) for rows in QUICK_ROWS]
     raise ValueError(f"group: expected one of {', '.join(GROUPS)}, got {group!r}")

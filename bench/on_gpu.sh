@@ -107,7 +107,8 @@ step_sanitizer() {
     # Without the caching allocator an access out of bounds is one out of an allocation.
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 115 \
       compute-sanitizer "${options[@]}" "$PYTHON" -m bench.every_kernel | tee "$OUT/$tool.log"
-    grep -Eq "SUMMARY: 0 (errors|hazards)" "$OUT/$tool.log" || fail "sanitizer: $tool complains, or watched nothing; see $tool.log"
+    grep -Eq "SUMMARY: 0 (errors|hazards)" "$OUT/$tool.log" ||
+      fail "sanitizer: $tool complains, or watched nothing; see $tool.log"
   done
 }
 

@@ -102,7 +102,8 @@ def _fusednorm(backend: str) -> Callable[[torch.device], Provider]:
             raise MissingError(str(error)) from None
         # Users get the automatic choice: a request costs every call a look at it.
         scope = contextlib.nullcontext if chosen == backend else lambda: backends.use(backend)
-        return Provider(f"fusednorm-{backend}", fusednorm.__version__, OURS, scope)
+        norms = {name: norm for name, norm in OURS.items() if (backend, name) not in NOT_OURS}
+        return Provider(f"fusednorm-{backend}", fusednorm.__version__, norms, scope)
 
     return make
 
@@ -127,6 +128,8 @@ OURS: dict[str, Norm] = {
     ),
 }
 OURS["frozen"] = OURS["layer_norm"]
+NOT_OURS = (("cuda", "adaln"),)
+"""What a backend refuses by name."""
 ALL = tuple(OURS)
 
 

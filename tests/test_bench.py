@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import re
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -415,6 +417,34 @@ def test_bad_input(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> 
     assert stopped.value.code == 2
     complaint = capsys.readouterr().err.strip().splitlines()[-1]
     assert re.match(r"(bench|python -m bench[\w -]*): ", complaint), complaint
+
+
+@WITHOUT_GPU
+@pytest.mark.skipif(sys.platform == "win32", reason="a shell script")
+@pytest.mark.parametrize(
+    ("arguments", "code", "complaint"),
+    [
+        ([], 2, "usage: bench/on_gpu.sh OUTDIR [--step build|"),
+        (["--step", "nothing"], 2, "usage: bench/on_gpu.sh OUTDIR [--step build|"),
+        (["--step", "build"], 1, "on_gpu: expected a GPU that torch can use, found none"),
+    ],
+    ids=["no folder", "no such step", "no GPU"],
+)
+def test_gpu_script_says_what_is_wrong(
+    tmp_path: Path, arguments: list[str], code: int, complaint: str
+) -> None:
+    script = Path(__file__).parents[1] / "bench" / "on_gpu.sh"
+    folder = [str(tmp_path)] if arguments else []
+    done = subprocess.run(
+        ["bash", str(script), *folder, *arguments],
+        env={**os.environ, "PYTHON": sys.executable, "DEVICE": "cuda"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == code
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(complaint)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"schema": 0}', '{"schema": "1"}'])
