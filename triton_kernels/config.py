@@ -27,8 +27,8 @@ LOOPED_THREADS = 1024
 """Threads of a program that walks a row and keeps nothing of it."""
 
 MOST_CHUNKS = 4
-"""Chunks of a row that the backward keeps, unless wider ones do not exist: five would be 40 columns
-of 16 bits a thread, and spill hundreds of registers once there is a gate or dropout."""
+"""Chunks of a row that a backward keeps which reads more than h and dz, or sums for a gate. Five
+would be 40 columns of 16 bits a thread, and spill hundreds of registers."""
 
 MIN_BLOCK_BYTES = 32
 """The smallest tile of a row, one DRAM sector. Rows shorter than a few sectors may leave more than
@@ -284,18 +284,19 @@ def backward_config(
     sums, most, length = None, 24, 1
     if gate_gradient:
         most, length = 12, 2
+    chunks = MOST_CHUNKS if gate_gradient or stream_bytes > 2 * itemsize else 32
     tier = _tier(BACKWARD_TIERS, cols * length, itemsize)
     longest = tier or BACKWARD_TIERS[itemsize][-1]
     per_thread = longest.per_thread // length
     if tier:
         form = "resident"
         share = per_thread, tier.rows_per_thread
-        tile = _row_tile(cols, itemsize, *share, arch.warp_size, MOST_CHUNKS)
+        tile = _row_tile(cols, itemsize, *share, arch.warp_size, chunks)
     elif itemsize == 2 and cols <= MAX_THREADS * most:
         # At `most` columns a thread the accumulators leave no room for h and dz as well; wider
         # types spill even so.
         form = "reload"
-        tile = _row_tile(cols, itemsize, per_thread, 1, arch.warp_size, MOST_CHUNKS)
+        tile = _row_tile(cols, itemsize, per_thread, 1, arch.warp_size, chunks)
         stream_bytes *= 2  # the pipeline fetches the second reading as well
     else:
         form, sums = "split", _looped_tile(itemsize, arch.warp_size)
