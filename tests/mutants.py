@@ -22,12 +22,16 @@ LAYOUTS = "tests/test_layouts.py"
 DROPOUT = "tests/test_dropout.py"
 TERMS = "tests/test_terms.py"
 USES = f"{TERMS}::test_uses"
+CUDA = "tests/test_cuda.py"
 GUARDS = f"{LAYOUTS}::test_nothing_outside_the_tensors_is_read_or_written"
 
 
 @dataclass(frozen=True)
 class Mutant:
-    """An edit of `file` that replaces every `old` by `new`, and the tests that must notice."""
+    """An edit of `file` that replaces every `old` by `new`, and the tests that must notice.
+
+    `file` is one of triton_kernels/ or, with its folder, of csrc/.
+    """
 
     what: str
     file: str
@@ -396,12 +400,108 @@ MUTANTS = (
         USES,
         "scalars-64-torch.float32",
     ),
+    # The CUDA kernels, on the host that stands in for a GPU.
+    Mutant(
+        "cuda: variance counts columns beyond the row",
+        "csrc/cuda/forward.cu",
+        "i < left ? value[i] - start[r] : 0.0f",
+        "value[i] - start[r]",
+        f"{CUDA}::test_error_is_at_most_that_of_torch",
+        "[769-torch.float32",
+    ),
+    Mutant(
+        "cuda: mean left uncorrected",
+        "csrc/cuda/forward.cu",
+        "moments.mean = sums[2 * r] / count",
+        "moments.mean = 0.0f",
+        f"{CUDA}::test_large_mean_costs_no_digits",
+    ),
+    Mutant(
+        "cuda: means of the blocks of a cluster not merged",
+        "csrc/cuda/forward.cu",
+        "float(span.end - span.begin) * distance, distance, peer_load(slots + 2, rank)",
+        "0.0f, distance, peer_load(slots + 2, rank)",
+        f"{CUDA}::test_error_is_at_most_that_of_torch",
+        "[65536-torch.float32-0",
+    ),
+    Mutant(
+        "cuda: a block ends while its peers read it",
+        "csrc/cuda/forward.cu",
+        "if constexpr (SPLIT) sync_cluster();",
+        "",
+        f"{CUDA}::test_error_is_at_most_that_of_torch",
+        "[65536-torch.float32-0",
+    ),
+    Mutant(
+        "cuda: no barrier before the sums of the warps are read",
+        "csrc/cuda/rows.h",
+        "sync_block();",
+        "",
+        f"{CUDA}::test_error_is_at_most_that_of_torch",
+        "[3000-torch.float32-0",
+    ),
+    Mutant(
+        "cuda: sums of successive rows in one place",
+        "csrc/cuda/rows.h",
+        "phase ^= 1;",
+        "",
+        f"{CUDA}::test_error_is_at_most_that_of_torch",
+        "[3000-torch.float32-0",
+    ),
+    Mutant(
+        "cuda: rows read before their copies arrive",
+        "csrc/cuda/backward.cu",
+        "wait_for_stage(p.stages);",
+        "",
+        f"{CUDA}::test_error_is_at_most_that_of_torch",
+        "[1000-torch.float32-0",
+    ),
+    Mutant(
+        "cuda: column sums of the peers not added",
+        "csrc/cuda/backward.cu",
+        "rank < sharers",
+        "rank < 1",
+        f"{CUDA}::test_error_is_at_most_that_of_torch",
+        "[127-torch.float32-0",
+    ),
+    Mutant(
+        "cuda: half of the partial rows added up",
+        "csrc/cuda/backward.cu",
+        "row += finalize_warps",
+        "row += 2 * finalize_warps",
+        f"{CUDA}::test_more_partial_rows_than_warps",
+    ),
+    Mutant(
+        "cuda: finalize does not wait for the backward",
+        "csrc/cuda/backward.cu",
+        "  wait_for_previous_kernel();",
+        "",
+        f"{CUDA}::test_error_is_at_most_that_of_torch",
+        "[127-torch.float32-0",
+    ),
+    Mutant(
+        "cuda: split rows end with their sums unread",
+        "csrc/cuda/backward.cu",
+        "  else if constexpr (SPLIT)\n    sync_cluster();",
+        "",
+        f"{CUDA}::test_frozen_inputs",
+        "weight and bias-66000",
+    ),
+    Mutant(
+        "cuda: dropout repeats every quad",
+        "csrc/cuda/rows.h",
+        "col / 4 + quad",
+        "col / 4",
+        f"{CUDA}::test_mask_is_the_published_one",
+        "[0.5-64",
+    ),
 )
 
 
 def apply(mutant: Mutant, package: Path) -> None:
     """Edit the copied kernel file, or stop where the source has moved on."""
-    path = package / "triton_kernels" / mutant.file
+    folder = package.parent if "/" in mutant.file else package / "triton_kernels"
+    path = folder / mutant.file
     source = path.read_text()
     if mutant.old not in source:
         sys.exit(f"{mutant.what}: {mutant.file} no longer holds {mutant.old!r}")
@@ -414,8 +514,10 @@ def caught_by(mutant: Mutant) -> str | None:
         copy = Path(folder)
         shutil.copytree(ROOT / "fusednorm", copy / "fusednorm")
         shutil.copytree(ROOT / "triton_kernels", copy / "fusednorm" / "triton_kernels")
-        shutil.copytree(ROOT / "tests", copy / "tests")
-        shutil.copy(ROOT / "pyproject.toml", copy)
+        for name in ("tests", "csrc"):
+            shutil.copytree(ROOT / name, copy / name)
+        for name in ("pyproject.toml", "setup.py"):
+            shutil.copy(ROOT / name, copy)
         apply(mutant, copy / "fusednorm")
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
         command += mutant.tests.split()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import shutil
 import subprocess
 import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from filelock import FileLock
@@ -40,6 +42,18 @@ def compile_for_host(*sources: Path) -> Path:
         if not library.exists():
             _build(compiled, library)
     return library
+
+
+def load_host_kernels() -> ModuleType:
+    """Return the functions of csrc/cuda_ops.cpp with a host in place of the GPU."""
+    kernels = [CSRC / "cuda" / f"{name}.cu" for name in ("forward", "backward")]
+    library = compile_for_host(SIMT / "extension.cpp", CSRC / "cuda_ops.cpp", *kernels)
+    spec = importlib.util.spec_from_file_location("simt", library)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def _build(sources: list[Path], library: Path) -> None:

@@ -9,7 +9,6 @@ have the terms and dtypes; what they do not have is refused.
 from __future__ import annotations
 
 import ctypes
-import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from types import ModuleType
@@ -18,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import Case, assert_accurate, make_case, run
-from simt_library import CSRC, SIMT, compile_for_host
+from simt_library import load_host_kernels
 from test_accuracy import (
     test_error_is_at_most_that_of_torch,
     test_error_without_weight_or_bias,
@@ -80,14 +79,7 @@ def leaves_out(item: pytest.Item) -> bool:
 @pytest.fixture(scope="session")
 def module() -> ModuleType:
     """The functions of csrc/cuda_ops.cpp with a host in place of the GPU."""
-    kernels = [CSRC / "cuda" / f"{name}.cu" for name in ("forward", "backward")]
-    library = compile_for_host(SIMT / "extension.cpp", CSRC / "cuda_ops.cpp", *kernels)
-    spec = importlib.util.spec_from_file_location("simt", library)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_host_kernels()
 
 
 @pytest.fixture
@@ -237,6 +229,13 @@ def test_processors_change_no_row(
             assert torch.equal(result[name], results[0][name]), name
         for name in ("dweight", "dbias"):
             torch.testing.assert_close(result[name], results[0][name], rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.skipif(ON_GPU, reason="a GPU has the processors that it has")
+def test_more_partial_rows_than_warps(use_host: Callable[..., None], kernels: torch.device) -> None:
+    """Each warp of the finalize kernel adds up several: 66 partial rows here."""
+    use_host(132, have_clusters=False)
+    assert_accurate(lambda: make_case(2100, 96, torch.float32, kernels))
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)

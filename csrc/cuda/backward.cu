@@ -287,8 +287,6 @@ layer_norm_bwd_finalize_kernel(PARAMETER(Finalize) p) {
   }
 }
 
-constexpr int64_t round_up(int64_t value, int64_t step) { return divide_up(value, step) * step; }
-
 // How a problem is shared out.
 struct Plan {
   int64_t clusters = 0;  // and partial rows

@@ -1,4 +1,6 @@
 // The functions of csrc/cuda_ops.cpp in a module of their own, with a host in place of the GPU.
+#include <device.h>
+
 #include "cuda_ops.h"
 
 static PyModuleDef module = {
@@ -14,3 +16,6 @@ static PyModuleDef module = {
 };
 
 PyMODINIT_FUNC PyInit_simt() { return PyModule_Create(&module); }
+
+// The shared memory that the last launch asked for.
+extern "C" int simt_shared_bytes() { return fusednorm::cuda::simt::running.shared_bytes; }

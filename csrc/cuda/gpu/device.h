@@ -122,9 +122,10 @@ DEVICE float shuffle_xor(float value, int mask) {
 DEVICE void sync_block() { __syncthreads(); }
 DEVICE void sync_cluster() {
 #if __CUDA_ARCH__ >= 900
+  // Not the aligned form: the threads of a warp may come from loops of different lengths.
   asm volatile(
-      "barrier.cluster.arrive.release.aligned;\n\t"
-      "barrier.cluster.wait.acquire.aligned;" ::
+      "barrier.cluster.arrive.release;\n\t"
+      "barrier.cluster.wait.acquire;" ::
           : "memory");
 #else
   __syncthreads();
