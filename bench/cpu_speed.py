@@ -1,16 +1,22 @@
-"""Forward and backward of the CPU kernels against torch's operators, interleaved in one process.
+"""The CPU kernels against torch's operators, forward and backward, interleaved in one process.
 
-python bench/cpu_speed.py [--threads 2] [--rounds 15] [--dtypes float32 bfloat16]
+    python bench/cpu_speed.py > bench/results/cpu_speed.txt
+    python bench/cpu_speed.py --uses --threads 1 > bench/results/cpu_uses.txt
+
+The second is what `backends` chooses by: every use of the equation on few rows and on many, with
+the kernels and with torch. One thread is timed by processor time, which other work on the machine
+disturbs least, more by wall clock.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import math
+import os
 import time
 from collections.abc import Callable
 from statistics import median
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,21 +28,24 @@ SHAPES = (
     *((64, 768), (512, 768), (2048, 768), (4096, 1024)),
     *((1024, 4096), (4096, 4096), (512, 8192), (65536, 64)),
 )
+USES_SHAPES = ((4, 64), (64, 768), (512, 768), (1024, 4096))
+DTYPES = (torch.float32, torch.bfloat16)
 
 Step = Callable[[], object]
+Steps = tuple[Step, Step]
 
 
-def norm_steps(rows: int, cols: int, dtype: torch.dtype) -> tuple[Step, Step]:
-    """Return layer norm, forward and backward, as torch computes it and as the kernels do."""
+def norm_steps(rows: int, cols: int, dtype: torch.dtype) -> Steps:
+    """Return layer norm as torch computes it and as the kernels do."""
     x, weight, bias, dy = _tensors(dtype, (rows, cols), (cols,), (cols,), (rows, cols))
 
     def step(norm: Callable[..., Tensor]) -> object:
         return torch.autograd.grad(norm(x, (cols,), weight, bias), (x, weight, bias), dy)
 
-    return lambda: step(F.layer_norm), lambda: step(fusednorm.layer_norm)
+    return lambda: step(F.layer_norm), _with("cpu", lambda: step(fusednorm.layer_norm))
 
 
-def add_norm_steps(rows: int, cols: int, dtype: torch.dtype) -> tuple[Step, Step]:
+def add_norm_steps(rows: int, cols: int, dtype: torch.dtype) -> Steps:
     """Return the Add & Norm of a pre-norm block, of which z and h are used."""
     sizes = ((rows, cols), (rows, cols), (cols,), (cols,), (rows, cols), (rows, cols))
     x, residual, weight, bias, dz, dh = _tensors(dtype, *sizes)
@@ -51,17 +60,65 @@ def add_norm_steps(rows: int, cols: int, dtype: torch.dtype) -> tuple[Step, Step
         outputs = fusednorm.add_layer_norm(x, residual, cols, weight, bias)
         return torch.autograd.grad(outputs, inputs, (dz, dh))
 
-    return unfused, fused
+    return unfused, _with("cpu", fused)
+
+
+def uses(rows: int, cols: int, dtype: torch.dtype) -> dict[str, Steps]:
+    """Return every use with the torch backend and with the cpu backend."""
+    stream, vector = (1, rows, cols), (1, 1, cols)
+    x, residual, dz, dh = _tensors(dtype, stream, stream, stream, stream)
+    weight, bias, scale, shift, gate = _tensors(dtype, (cols,), (cols,), vector, vector, vector)
+
+    def steps(norm: Callable[..., Any], *inputs: Tensor) -> Steps:
+        def step() -> object:
+            result = norm()
+            outputs = result if isinstance(result, tuple) else (result,)
+            return torch.autograd.grad(outputs, inputs, (dz, dh)[: len(outputs)])
+
+        return _with("torch", step), _with("cpu", step)
+
+    def add(*inputs: Tensor, **options: Any) -> Steps:
+        norm = fusednorm.add_layer_norm
+        return steps(
+            lambda: norm(x, residual, cols, weight, bias, **options),
+            *(x, residual, weight, bias, *inputs),
+        )
+
+    ada = {"scale": scale, "shift": shift}
+    return {
+        "layer norm": steps(lambda: fusednorm.layer_norm(x, cols, weight, bias), x, weight, bias),
+        "RMS norm": steps(lambda: fusednorm.rms_norm(x, cols, weight), x, weight),
+        "add & norm": add(),
+        "add & RMS norm": steps(
+            lambda: fusednorm.add_rms_norm(x, residual, cols, weight), x, residual, weight
+        ),
+        "with dropout": add(dropout_p=0.1),
+        "with a gate": add(gate, gate=gate),
+        "AdaLN": steps(
+            lambda: fusednorm.modulated_layer_norm(x, cols, shift, scale), x, shift, scale
+        ),
+        "AdaLN-Zero": add(gate, scale, shift, gate=gate, **ada),
+    }
+
+
+def _with(backend: str, step: Step) -> Step:
+    def run() -> object:
+        with fusednorm.backends.use(backend):
+            return step()
+
+    return run
 
 
 def _tensors(dtype: torch.dtype, *sizes: tuple[int, ...]) -> list[Tensor]:
     return [torch.randn(size, dtype=dtype, requires_grad=True) for size in sizes]
 
 
-def compare(theirs: Step, ours: Step, rounds: int) -> tuple[float, float, float]:
+def compare(steps: Steps, rounds: int) -> tuple[float, float, float]:
     """Return the median seconds of each, and the median ratio of the rounds."""
-    theirs(), ours()
-    calls = max(1, round(0.02 / seconds(theirs, 1)))
+    theirs, ours = steps
+    for step in (*steps, *steps):
+        step()
+    calls = min(300, max(1, round(0.02 / seconds(theirs, 1))))
     pairs = [(seconds(theirs, calls), seconds(ours, calls)) for _ in range(rounds)]
     return (
         median(pair[0] for pair in pairs),
@@ -72,10 +129,18 @@ def compare(theirs: Step, ours: Step, rounds: int) -> tuple[float, float, float]
 
 def seconds(step: Step, calls: int) -> float:
     """Return the mean over some calls."""
-    start = time.perf_counter()
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    start = clock()
     for _ in range(calls):
         step()
-    return (time.perf_counter() - start) / calls
+    return (clock() - start) / calls
+
+
+def show(name: str, dtype: torch.dtype, size: str, theirs: float, ours: float, by: float) -> None:
+    """Print one cell."""
+    dtype_name = str(dtype).removeprefix("torch.")
+    times = f"{theirs * 1e3:9.3f} ms{ours * 1e3:9.3f} ms"
+    print(f"{name:15}{dtype_name:9}{size:>13}{times}{by:7.2f}x", flush=True)
 
 
 def main() -> None:
@@ -83,24 +148,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
-    parser.add_argument("--force", action="store_true", help="the kernels for small tensors too")
+    parser.add_argument("--uses", action="store_true", help="every use, on some shapes")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    with fusednorm.backends.use("cpu") if arguments.force else contextlib.nullcontext():
+    load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
+    print(f"torch {torch.__version__}, {arguments.threads} threads, load before {load}")
+    for dtype in DTYPES:
+        if arguments.uses:
+            for rows, cols in USES_SHAPES:
+                for name, steps in uses(rows, cols, dtype).items():
+                    show(name, dtype, f"{rows} x {cols}", *compare(steps, arguments.rounds))
+            continue
         for name, make in (("layer norm", norm_steps), ("add & norm", add_norm_steps)):
-            for dtype in arguments.dtypes:
-                ratios = []
-                for rows, cols in SHAPES:
-                    steps = make(rows, cols, getattr(torch, dtype))
-                    theirs, ours, ratio = compare(*steps, arguments.rounds)
-                    ratios.append(ratio)
-                    print(
-                        f"{name}  {dtype:9}{rows:6} x {cols:<5}"
-                        f"{theirs * 1e3:9.3f} ms{ours * 1e3:9.3f} ms{ratio:7.2f}x"
-                    )
-                mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
-                print(f"{name}  {dtype:9}{'geometric mean':>14}{mean:33.2f}x")
+            ratios = []
+            for rows, cols in SHAPES:
+                theirs, ours, ratio = compare(make(rows, cols, dtype), arguments.rounds)
+                ratios.append(ratio)
+                show(name, dtype, f"{rows} x {cols}", theirs, ours, ratio)
+            mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
+            dtype_name = str(dtype).removeprefix("torch.")
+            print(f"{name:15}{dtype_name:9}{'geometric mean':>44}{mean:7.2f}x", flush=True)
+    print(f"load after {', '.join(f'{value:.1f}' for value in os.getloadavg())}")
 
 
 if __name__ == "__main__":

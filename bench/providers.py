@@ -95,13 +95,13 @@ def _fusednorm(backend: str) -> Callable[[torch.device], Provider]:
     def make(device: torch.device) -> Provider:
         probe = torch.empty(1, device=device)
         try:
-            chosen = backends.explain(probe).backend
+            chosen = {backends.explain(probe, plain=plain).backend for plain in (True, False)}
             with backends.use(backend):
                 backends.explain(probe)
         except ValueError as error:
             raise MissingError(str(error)) from None
         # Users get the automatic choice: a request costs every call a look at it.
-        scope = contextlib.nullcontext if chosen == backend else lambda: backends.use(backend)
+        scope = contextlib.nullcontext if chosen == {backend} else lambda: backends.use(backend)
         norms = {name: norm for name, norm in OURS.items() if (backend, name) not in NOT_OURS}
         return Provider(f"fusednorm-{backend}", fusednorm.__version__, norms, scope)
 

@@ -35,6 +35,8 @@ def main() -> int:
             failed = True
             continue
         print(f"{_name(device)}\n  runs      {choice}")
+        if (other := backends.explain(torch.empty(0, device=device), plain=False)) != choice:
+            print(f"            all else in {other}")
         with backends.use(choice.backend):
             failed |= not _self_check(device)
     if not torch.cuda.is_available():

@@ -181,10 +181,10 @@ def _is_wrapper(tensor: Tensor) -> bool:
     return type(tensor) is not Tensor and is_traceable_wrapper_subclass(tensor)
 
 
-def _automatic(tensor: Tensor) -> Choice:
+def _automatic(tensor: Tensor, plain: bool) -> Choice:
     device = tensor.device
     if device.type == "cpu":
-        return Choice("torch", "cpu tensors run in torch unless the cpu backend is requested")
+        return _automatic_on_cpu(tensor, plain)
     if (unfit := _unfit("triton", device)) is not None:
         return Choice("torch", unfit)
     if _is_wrapper(tensor):
@@ -192,16 +192,34 @@ def _automatic(tensor: Tensor) -> Choice:
     return Choice("triton", f"{device.type} tensors run in the fused kernels")
 
 
+def _automatic_on_cpu(tensor: Tensor, plain: bool) -> Choice:
+    """Go by bench/results/cpu_uses.txt: one operator of torch is the least that a call can cost.
+
+    The number of rows must not matter: a row has the same bits in every batch.
+    """
+    if plain:
+        return Choice("torch", "a plain layer norm of cpu tensors is one operator of torch")
+    if torch.compiler.is_compiling():
+        return Choice("torch", "the compiler fuses torch's operators")
+    if type(tensor) not in (Tensor, torch.nn.Parameter) or torch._C._len_torch_dispatch_stack():
+        return Choice("torch", "tensor subclasses and dispatch modes see torch's operators")
+    if (missing := extension_missing()) is not None:
+        return Choice("torch", missing)
+    return Choice("cpu", "this would be several operators of torch")
+
+
 def available() -> tuple[str, ...]:
     """Return the names of the implementations that are installed, the preferred one first."""
     return tuple(name for name in NAMES if _missing(name) is None)
 
 
-def explain(tensor: Tensor) -> Choice:
+def explain(tensor: Tensor, *, plain: bool = True) -> Choice:
     """Return the implementation that would run for `tensor`, and why.
 
     Args:
         tensor: Any tensor; its device and its class are looked at.
+        plain: Whether it is for `layer_norm`; not for RMS norm, nor with a residual, dropout, gate,
+            scale or shift.
 
     Raises:
         ValueError: A backend was requested that cannot serve the tensor.
@@ -213,7 +231,7 @@ def explain(tensor: Tensor) -> Choice:
     if not isinstance(tensor, Tensor):
         fail("explain", "a Tensor", type(tensor).__name__, TypeError)
     if _requested is None:
-        return _automatic(tensor)
+        return _automatic(tensor, plain)
     unfit = _unfit(_requested, tensor.device)
     if unfit is not None:
         fail(
@@ -224,11 +242,13 @@ def explain(tensor: Tensor) -> Choice:
     return Choice(_requested, f"requested by {_requested_by}")
 
 
-def select(tensor: Tensor) -> str:
+def select(tensor: Tensor, *, plain: bool = True) -> str:
     """Return the name of the implementation for `tensor`, with `explain`'s errors."""
     if _requested is not None:
         return explain(tensor).backend
-    if tensor.is_cpu or not serves("triton", tensor.device) or _is_wrapper(tensor):
+    if tensor.is_cpu:
+        return "torch" if plain else _automatic_on_cpu(tensor, plain).backend
+    if not serves("triton", tensor.device) or _is_wrapper(tensor):
         return "torch"
     return "triton"
 

@@ -381,7 +381,8 @@ def _run(
     want_h: bool,
 ) -> tuple[Tensor, Tensor]:
     """Run checked arguments where they are to run; return z and h."""
-    backend = backends.select(input)
+    plain = not spec.rms and spec.h_dtype is None and scale is None and shift is None
+    backend = backends.select(input, plain=plain)
     parameters = (weight, bias, scale, shift)
     if backend == "torch" or autograd.transforms_active():
         # The masks of the kernels would take plain torch dozens of operators.

@@ -28,7 +28,8 @@ from fusednorm.triton_kernels import launch
 REQUESTED = "requested by backends.use"
 NOT_BUILT = "the compiled extension was not built (FUSEDNORM_BUILD=cpu)"
 INSTALLED = backends.available()
-ON_CPU = Choice("torch", "cpu tensors run in torch unless the cpu backend is requested")
+ON_CPU = Choice("torch", "a plain layer norm of cpu tensors is one operator of torch")
+ALL_ELSE_ON_CPU = Choice("cpu", "this would be several operators of torch")
 CACHES = (
     *(backends._triton_missing, backends._interpreted, backends._triton_unfit),
     backends.extension_missing,
@@ -77,6 +78,21 @@ def test_auto_on_the_cpu() -> None:
     assert backends.select(x) == ON_CPU.backend
 
 
+@needs_extension
+def test_auto_on_the_cpu_where_torch_takes_several_operators() -> None:
+    """The compiled kernels, except where something is to see or to fuse the operators."""
+    x, w = torch.randn(3, 8), torch.rand(8, requires_grad=True)
+    assert backends.explain(x, plain=False) == ALL_ELSE_ON_CPU
+    for y in (
+        fusednorm.rms_norm(x, 8, w),
+        fusednorm.add_layer_norm(x, x, 8, w)[0],
+        fusednorm.modulated_layer_norm(x, 8, w, None),
+    ):
+        assert y.grad_fn.name() == "LayerNormFunctionBackward"
+    with FakeTensorMode():
+        assert backends.select(torch.empty(1), plain=False) == "torch"
+
+
 def _without_extension(detection: pytest.MonkeyPatch) -> None:
     """Let the extension look as if it had not been built."""
     find_spec = importlib.util.find_spec
@@ -93,6 +109,7 @@ def test_auto_on_the_cpu_without_the_extension(detection: pytest.MonkeyPatch) ->
     x = torch.randn(2, 8)
     assert backends.explain(x) == ON_CPU
     assert backends.select(x) == "torch"
+    assert backends.explain(x, plain=False) == Choice("torch", NOT_BUILT)
     assert "cpu" not in backends.available()
     assert torch.equal(fusednorm.layer_norm(x, 8), torch.nn.functional.layer_norm(x, (8,)))
     expected = f"got 'cpu': {re.escape(NOT_BUILT)}$"
