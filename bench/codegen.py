@@ -32,6 +32,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
+from fusednorm.spec import compute_dtype
 from fusednorm.triton_kernels import backward, config, forward, launch
 from fusednorm.triton_kernels.config import (
     VECTOR_BYTES,
@@ -379,7 +380,7 @@ def _call_launcher(job: Job) -> None:
             store_h=True,
         )
         return
-    stats = meta(rows, dtype=launch.compute_dtype(dtype))
+    stats = meta(rows, dtype=compute_dtype(dtype))
     mean = None if terms.rms else stats
     h = x if stream is None else x.to(stream)
     dh = None if stream is None else h

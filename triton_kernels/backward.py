@@ -20,6 +20,8 @@ import torch
 import triton
 import triton.language as tl
 
+from fusednorm.spec import Gradients, rows_and_columns
+
 from . import launch
 from .config import backward_config, finalize_tile, partial_rows, vector_elements
 from .tile import (
@@ -627,17 +629,6 @@ def layer_norm_bwd_finalize_kernel(
             )
 
 
-Gradients = tuple[
-    torch.Tensor | None,
-    torch.Tensor | None,
-    torch.Tensor | None,
-    torch.Tensor | None,
-    torch.Tensor | None,
-    torch.Tensor | None,
-    torch.Tensor | None,
-]
-
-
 def layer_norm_bwd(
     dz: torch.Tensor | None,
     dh: torch.Tensor | None,
@@ -686,7 +677,7 @@ def layer_norm_bwd(
         the shape and dtype of their tensors, all contiguous; None where not wanted, and for the
         last four where dz is None.
     """
-    rows, cols = launch.rows_and_columns(h, normalized_shape)
+    rows, cols = rows_and_columns(h, normalized_shape)
     shapes = (h, h, gate, weight, bias, scale, shift)
     dtypes = (x_dtype, residual_dtype)
     results: list[torch.Tensor | None] = []

@@ -12,6 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
+from fusednorm.spec import compute_dtype, rows_and_columns
+
 from . import launch
 from .config import forward_config, vector_elements
 from .tile import (
@@ -425,8 +427,8 @@ def layer_norm_fwd(
         z of x's shape, contiguous; h likewise, or None; mean (None for RMS) and rstd of shape [M]
         in the compute dtype, or None.
     """
-    rows, cols = launch.rows_and_columns(x, normalized_shape)
-    compute = launch.compute_dtype(x.dtype, h_dtype)
+    rows, cols = rows_and_columns(x, normalized_shape)
+    compute = compute_dtype(x.dtype, h_dtype)
     z = torch.empty(x.shape, dtype=out_dtype, device=x.device)
     h = mean = rstd = None
     if h_dtype is not None and store_h:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from functools import cache
 from typing import NamedTuple
 
@@ -51,16 +50,6 @@ def options(num_warps: int, arch: Architecture, programs: int = 1) -> dict[str, 
     if (limit := arch.max_registers(num_warps, programs)) is not None:
         chosen["maxnreg"] = limit
     return chosen
-
-
-def compute_dtype(*dtypes: torch.dtype | None) -> torch.dtype:
-    """Return the dtype of statistics and accumulators: float64 where x or h is, else float32."""
-    return torch.float64 if torch.float64 in dtypes else torch.float32
-
-
-def rows_and_columns(x: torch.Tensor, normalized_shape: tuple[int, ...]) -> tuple[int, int]:
-    """Return M and N."""
-    return math.prod(x.shape[: x.dim() - len(normalized_shape)]), math.prod(normalized_shape)
 
 
 def as_rows(x: torch.Tensor, rows: int, cols: int) -> torch.Tensor:
