@@ -133,6 +133,7 @@ layer_norm_fwd_kernel(PARAMETER(ForwardParameter) p) {
   }
   add_up<tier.threads, false>(sums, slots, phase);
 
+  float rstd[rows_at_once], offset[rows_at_once];
 #pragma unroll
   for (int r = 0; r < rows_at_once; ++r) {
     Moments moments{start[r], 0.0f, sums[2 * r + 1]};
@@ -141,13 +142,12 @@ layer_norm_fwd_kernel(PARAMETER(ForwardParameter) p) {
       moments.m2 = multiply_add(-sums[2 * r], moments.mean, moments.m2);
     }
     if constexpr (SPLIT) moments = merge(moments, p.cols, slots + 4 * warps);
-    const float rstd = inverse_sqrt(moments.m2 / float(p.cols) + float(p.eps));
     start[r] = moments.start;
-    sums[2 * r] = rstd;
-    sums[2 * r + 1] = -moments.mean * rstd;
+    rstd[r] = inverse_sqrt(moments.m2 / float(p.cols) + float(p.eps));
+    offset[r] = -moments.mean * rstd[r];
     if (group.lane() == 0 && first + r < p.rows && (!SPLIT || rank_in_cluster() == 0)) {
       if (p.mean) store(static_cast<float*>(p.mean) + first + r, moments.start + moments.mean);
-      if (p.rstd) store(static_cast<float*>(p.rstd) + first + r, rstd);
+      if (p.rstd) store(static_cast<float*>(p.rstd) + first + r, rstd[r]);
     }
   }
 
@@ -165,7 +165,7 @@ layer_norm_fwd_kernel(PARAMETER(ForwardParameter) p) {
       to_floats(h[r][k], value);
 #pragma unroll
       for (int i = 0; i < chunk; ++i) {
-        const float x_hat = multiply_add(value[i] - start[r], sums[2 * r], sums[2 * r + 1]);
+        const float x_hat = multiply_add(value[i] - start[r], rstd[r], offset[r]);
         value[i] = multiply_add(x_hat, weight[i], bias[i]);
       }
       store_chunk(row_of<T>(p.z, first + r), col, span, from_floats<T>(value));
