@@ -32,8 +32,8 @@ PLACEMENT = 0.01
 """How far equal contestants may be apart: their outputs lie at different places."""
 
 AGREE = 0.10
-"""How far two copies of the same memory by different code may be apart. The C library writes past
-the cache, where torch writes through it: 2 to 6 % were measured (NOTES.md)."""
+"""How far two copies of the same memory by different code may be apart: 2 to 10 % were measured, the
+more the busier the memory (NOTES.md)."""
 
 
 def delayed(norm: Norm, share: float, clock: timing.Clock = time.perf_counter) -> Norm:
@@ -178,7 +178,7 @@ def run(device: torch.device, settings: Settings) -> bool:
     print(f"copy         {copied:.1f} GB/s of the case's bytes")
     for name, (factor, noise) in copies(device, settings).items():
         error = uncertainty(noise, COPIES)
-        agree = abs(factor - 1) <= max(error, AGREE)
+        agree = abs(factor - 1) <= AGREE + error
         passed.append(agree)
         print(
             f"{name:12} {factor:.3f}x its speed, spread {noise:.1%}, of the median {error:.1%}: "

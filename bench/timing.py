@@ -1,11 +1,12 @@
 """Clocks, loops and rounds: how long a call takes, without knowing what it calls.
 
 A contestant is a name and a function that returns the seconds of one call, measured once. Rounds
-interleave the contestants in rotating order, so that what drifts drifts for all of them.
+interleave the contestants in changing order, so that what drifts drifts for all of them.
 """
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from statistics import median
@@ -29,7 +30,9 @@ CACHES = 3
 def interleave(
     contestants: Mapping[str, Measure], rounds: int
 ) -> dict[str, dict[str, list[float]]]:
-    """Measure every contestant once a round; each round starts with another one.
+    """Measure every contestant once a round, each round in another order.
+
+    Rotation alone would leave everybody the same predecessor, whose cache is what they begin with.
 
     Returns:
         For each contestant, for each thing that it measures, the seconds of the rounds.
@@ -38,7 +41,8 @@ def interleave(
     results: dict[str, dict[str, list[float]]] = {name: {} for name in names}
     for turn in range(rounds):
         first = turn % len(names)
-        for name in names[first:] + names[:first]:
+        others = names[:first] + names[first + 1 :]
+        for name in [names[first], *random.Random(turn).sample(others, len(others))]:
             for what, seconds in contestants[name]().items():
                 results[name].setdefault(what, []).append(seconds)
     return results

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -65,9 +66,14 @@ def test_rounds_rotate() -> None:
 
         return measure
 
-    found = timing.interleave({name: contestant(name) for name in "abc"}, 3)
-    assert order == [*"abc", *"bca", *"cab"]
-    assert found["a"]["eager"] == [1.0, 6.0, 8.0]
+    found = timing.interleave({name: contestant(name) for name in "abcd"}, 40)
+    rounds = [order[i : i + 4] for i in range(0, 160, 4)]
+    assert all(sorted(each) == [*"abcd"] for each in rounds)
+    assert [each[0] for each in rounds] == [*"abcd"] * 10
+    # Whoever comes before leaves the cache in its state: nobody has a predecessor of its own.
+    pairs = {pair for each in rounds for pair in pairwise(each)}
+    assert len(pairs) == 12
+    assert found["a"]["eager"] == [i + 1.0 for i, name in enumerate(order) if name == "a"]
 
 
 @pytest.mark.parametrize("loop", [timing.loop_seconds, timing.median_seconds])
