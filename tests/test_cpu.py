@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import errors, fused, make_case, oracle, run
+from helpers import assert_accurate, errors, fused, make_case, oracle, run
 from test_accuracy import (
     test_columns_that_stand_out,
     test_error_is_at_most_that_of_torch,
@@ -74,6 +74,7 @@ from test_layouts import (
 )
 from test_terms import (
     PAIRS,
+    USES,
     make,
     test_dtype_of_the_stream,
     test_frozen_inputs,
@@ -200,6 +201,14 @@ def test_pairs_in_double_precision(kernels: torch.device, use: dict[str, Any]) -
     truth = oracle(case)
     for name, error in errors(run(fused, case), truth).items():
         assert error <= 1e-13 * max(1.0, abs(truth[name]).max()), name
+
+
+def test_long_sums_of_narrow_vectors(kernels: torch.device) -> None:
+    """The fewer elements a vector has, the more of them a sum over a row adds up."""
+    use = USES["everything, RMS and scalars"]
+    for seed in range(3):
+        torch.manual_seed(seed)
+        assert_accurate(lambda: make((2, 2), 12288, torch.float32, kernels, use))
 
 
 # The ends of rows
