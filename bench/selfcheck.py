@@ -32,8 +32,8 @@ PLACEMENT = 0.01
 """How far equal contestants may be apart: their outputs lie at different places."""
 
 AGREE = 0.10
-"""How far two copies of the same memory by different code may be apart: 2 to 10 % were measured, the
-more the busier the memory (NOTES.md)."""
+"""How far two copies of the same memory by different code may be apart: 2 to 10 % were measured,
+the more the busier the memory (NOTES.md)."""
 
 
 def delayed(norm: Norm, share: float, clock: timing.Clock = time.perf_counter) -> Norm:
