@@ -13,12 +13,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fusednorm
-from fusednorm import reference
+from fusednorm import backends, reference
 from fusednorm.spec import Spec
 
 INTERPRETED = not torch.cuda.is_available()
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
+# The backends that run here and take every dtype, which the CUDA kernels do not.
+BACKENDS = tuple(
+    name for name in backends.available() if name != "cuda" and backends.serves(name, DEVICE)
+)
 
 
 @dataclass

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import Case, Result, assert_accurate, make_case, run
+from helpers import BACKENDS, Case, Result, assert_accurate, make_case, run
 from spies import Launch
 from torch import Tensor, nn
 
@@ -63,7 +63,7 @@ def test_devices_whose_autocast_runs_layer_norm_in_float32() -> None:
     assert registered == functional.AUTOCAST_FLOAT32
 
 
-@pytest.mark.parametrize("backend", backends.NAMES)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("parameters", [F32, BF16], ids=str)
 @pytest.mark.parametrize("dtype", [BF16, F16, F32, F64], ids=str)
 def test_as_nn_layer_norm(

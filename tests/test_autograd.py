@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import Case, make_case
+from helpers import BACKENDS, Case, make_case
 from spies import Launch, record_launches
 from torch import Tensor, nn
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
@@ -33,7 +33,7 @@ COMBINATIONS = [
 # (shape of x, normalized_shape)
 SHAPES = [((2, 3), (3,)), ((2, 2, 2), (2, 2)), ((3,), (3,))]
 
-BACKENDS = pytest.mark.parametrize("backend", backends.NAMES)
+EVERY_BACKEND = pytest.mark.parametrize("backend", BACKENDS)
 
 Function = Callable[..., Any]
 
@@ -201,7 +201,7 @@ def test_third_derivatives(
     assert all(gradient.abs().max() > 1e-3 for gradient in expected[2])
 
 
-@BACKENDS
+@EVERY_BACKEND
 def test_third_derivatives_by_torch_func(device: torch.device, backend: str) -> None:
     """Three nested `torch.func.grad` are right as well."""
     x, weight, bias = (p.detach() for p in problem(device)[1])
@@ -271,7 +271,7 @@ def test_mixed_derivative_of_dweight_in_dy(kernels: torch.device) -> None:
 # Forward mode ------------------------------------------------------------------------------------
 
 
-@BACKENDS
+@EVERY_BACKEND
 def test_jvp(device: torch.device, backend: str) -> None:
     """The tangent is the finite difference and torch's, and the primal output is y."""
     _, primals = problem(device)
@@ -322,7 +322,7 @@ def nested_jvp(norm: Function, device: torch.device) -> Tensor:
     return second
 
 
-@BACKENDS
+@EVERY_BACKEND
 def test_nested_jvp(device: torch.device, backend: str) -> None:
     """Forward mode nests, where torch's own operator has the wrong sign."""
     with backends.use(backend):
@@ -337,7 +337,7 @@ def test_nested_jvp_of_torch(device: torch.device) -> None:
     assert nested_jvp(F.layer_norm, device).item() == pytest.approx(NESTED_EXPECTED, rel=1e-12)
 
 
-@BACKENDS
+@EVERY_BACKEND
 @pytest.mark.parametrize("outer", [jacfwd, jacrev])
 @pytest.mark.parametrize("inner", [jacfwd, jacrev])
 def test_hessian_in_every_mode(
@@ -362,7 +362,7 @@ def test_hessian_in_every_mode(
 # torch.func --------------------------------------------------------------------------------------
 
 
-@BACKENDS
+@EVERY_BACKEND
 @pytest.mark.parametrize(
     "in_dims",
     [
@@ -398,7 +398,7 @@ def test_vmap(
     assert_close(ours, torch.stack(loop))
 
 
-@BACKENDS
+@EVERY_BACKEND
 def test_nested_vmap(device: torch.device, backend: str) -> None:
     """A vmap of a vmap is two loops."""
     x, weight = draw(2, 3, 4, device=device), draw(2, 4, device=device)
@@ -407,7 +407,7 @@ def test_nested_vmap(device: torch.device, backend: str) -> None:
     assert_close(ours, F.layer_norm(x, (4,)) * weight[:, None])
 
 
-@BACKENDS
+@EVERY_BACKEND
 def test_per_sample_gradients(device: torch.device, backend: str) -> None:
     """The vmap of grad gives each sample's own parameter gradients."""
     model = nn.Sequential(nn.Linear(4, 6), fusednorm.LayerNorm(6), nn.Linear(6, 2))
@@ -428,7 +428,7 @@ def test_per_sample_gradients(device: torch.device, backend: str) -> None:
                 assert_close(ours[name][i], parameter.grad)
 
 
-@BACKENDS
+@EVERY_BACKEND
 def test_func_transforms(device: torch.device, backend: str) -> None:
     """grad, vjp, jacrev, jacfwd and hessian of torch.func are right."""
     x, weight, bias = (p.detach() for p in problem(device)[1])

@@ -32,7 +32,7 @@ ON_CPU = Choice("torch", "a plain layer norm of cpu tensors is one operator of t
 ALL_ELSE_ON_CPU = Choice("cpu", "this would be several operators of torch")
 CACHES = (
     *(backends._triton_missing, backends._interpreted, backends._triton_unfit),
-    backends.extension_missing,
+    *(backends.extension_missing, backends.cuda_missing),
 )
 needs_extension = pytest.mark.skipif("cpu" not in INSTALLED, reason=NOT_BUILT)
 
