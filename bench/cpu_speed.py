@@ -1,6 +1,6 @@
 """The CPU kernels against torch's operators, forward and backward, interleaved in one process.
 
-    python bench/cpu_speed.py > bench/results/cpu_speed.txt
+    python bench/cpu_speed.py --threads 1 > bench/results/cpu_speed.txt
     python bench/cpu_speed.py --uses --threads 1 > bench/results/cpu_uses.txt
 
 The second is what `backends` chooses by: every use of the equation on few rows and on many, with
