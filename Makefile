@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
 FUSEDNORM_BUILD ?= auto
-SOURCES := $(shell find csrc -type f)
+SOURCES := $(shell find csrc -type f ! -name '*.md')
 
 .PHONY: train test lint bench codegen mutants clean
 
