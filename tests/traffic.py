@@ -132,7 +132,7 @@ def _kernels() -> Iterator[_CountLaunches]:
     with (
         pytest.MonkeyPatch.context() as patch,
         mock.patch.multiple(
-            backends, select=lambda tensor: "triton", kernels=lambda device: "triton"
+            backends, select=lambda tensor, *, plain: "triton", kernels=lambda device: "triton"
         ),
         mock.patch.multiple(
             launch,
