@@ -492,6 +492,9 @@ struct ColumnSums {
   C *dz_x_hat, *dz, *dgate;
 };
 
+// Of a plain norm with a weight: dx and both sums, dx alone, or something else.
+enum class Wanted { all, dx, some };
+
 // Differentiates R rows through the norm: adds to the sums, and writes rstd * (g + x_hat * c1 +
 // c2), plus dh where that is not null, to `out` where that is not null. `factor` is weight * (1 +
 // scale), null for 1.
@@ -517,22 +520,26 @@ ALWAYS_INLINE void differentiate(const T* const (&dz)[R], const T* const (&h)[R]
       c2[r] = rms ? C(0) : C(-totals[1] / cols);
     }
   }
-  // With `all` true, everything is wanted that a plain norm has, and no branch is left in the loop.
-  const auto run = [&](auto all, auto streamed) {
+  // The two most frequent cases, a plain norm with trained parameters and one with frozen ones,
+  // have no branch in the loop.
+  const auto run = [&](auto wanted, auto streamed) {
+    constexpr bool all = wanted == Wanted::all, plain = wanted != Wanted::some;
+    const bool dweight = all || (!plain && sums.dz_x_hat), dbias = all || (!plain && sums.dz);
     for_columns<C>(cols, [&](int64_t col, auto part) {
       Vector<C> dz_x_hat{}, dz_sum{}, weight{};
-      if (all || sums.dz_x_hat) dz_x_hat = load<C>(sums.dz_x_hat + col, part);
-      if (all || sums.dz) dz_sum = load<C>(sums.dz + col, part);
-      if (all || factor) weight = load<C>(factor + col, part);
+      if (dweight) dz_x_hat = load<C>(sums.dz_x_hat + col, part);
+      if (dbias) dz_sum = load<C>(sums.dz + col, part);
+      if (plain || factor) weight = load<C>(factor + col, part);
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
         const auto [mean, rstd] = statistics[r];
         const Vector<C> x_hat = (load<C>(h[r] + col, part) - mean) * rstd;
         const Vector<C> value = load<C>(dz[r] + col, part);
-        dz_x_hat = multiply_add(value, all ? x_hat : rounded<C>(x_hat, x_hat_dtype), dz_x_hat);
-        dz_sum += value;
-        if (all || out) {
-          const Vector<C> g = all || factor ? value * weight : value;
+        if (dweight)
+          dz_x_hat = multiply_add(value, plain ? x_hat : rounded<C>(x_hat, x_hat_dtype), dz_x_hat);
+        if (dbias) dz_sum += value;
+        if (plain || out) {
+          const Vector<C> g = plain || factor ? value * weight : value;
           const Vector<C> projection =
               multiply_add(x_hat, Vector<C>{} + c1[r], Vector<C>{} + c2[r]);
           Vector<C> total = (g + projection) * rstd;
@@ -540,17 +547,22 @@ ALWAYS_INLINE void differentiate(const T* const (&dz)[R], const T* const (&h)[R]
           put<C>(out[r] + col, total, part, streamed);
         }
       }
-      if (all || sums.dz_x_hat) store<C>(sums.dz_x_hat + col, dz_x_hat, part);
-      if (all || sums.dz) store<C>(sums.dz + col, dz_sum, part);
+      if (dweight) store<C>(sums.dz_x_hat + col, dz_x_hat, part);
+      if (dbias) store<C>(sums.dz + col, dz_sum, part);
     });
   };
-  const bool all = out && factor && sums.dz_x_hat && sums.dz && x_hat_dtype == DType::none;
-  if (all && streamed)
-    run(std::true_type{}, std::true_type{});
-  else if (all)
-    run(std::true_type{}, std::false_type{});
+  const auto run_streamed = [&](auto wanted) {
+    if (streamed)
+      run(wanted, std::true_type{});
+    else
+      run(wanted, std::false_type{});
+  };
+  if (!out || !factor || x_hat_dtype != DType::none || !sums.dz_x_hat != !sums.dz)
+    run(std::integral_constant<Wanted, Wanted::some>{}, std::false_type{});
+  else if (sums.dz)
+    run_streamed(std::integral_constant<Wanted, Wanted::all>{});
   else
-    run(std::false_type{}, std::false_type{});
+    run_streamed(std::integral_constant<Wanted, Wanted::dx>{});
 }
 
 template <class C>
