@@ -55,11 +55,11 @@ def allocate_gradients(
         _empty_like(h, dtype) if wanted else None
         for dtype, wanted in zip(dtypes, output_mask[:2], strict=True)
     )
-    dgate, *others = (
+    wants = output_mask[2], *(wanted and through_z for wanted in output_mask[3:])
+    dgate, dweight, dbias, dscale, dshift = (
         None if parameter is None or not wanted else _empty_like(parameter, parameter.dtype)
-        for parameter, wanted in zip(parameters, output_mask[2:], strict=True)
+        for parameter, wanted in zip(parameters, wants, strict=True)
     )
-    dweight, dbias, dscale, dshift = others if through_z else (None,) * 4
     return dx, dresidual, dgate, dweight, dbias, dscale, dshift
 
 

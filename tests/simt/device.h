@@ -153,7 +153,6 @@ DEVICE float inverse_sqrt(float value) { return 1.0f / std::sqrt(value); }
 
 DEVICE int thread_index() { return simt::here->thread; }
 DEVICE int64_t block_index() { return simt::here->block; }
-DEVICE int64_t block_count() { return simt::running.blocks; }
 DEVICE int cluster_size() { return simt::running.cluster; }
 DEVICE int rank_in_cluster() { return simt::here->rank; }
 

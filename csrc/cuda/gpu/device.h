@@ -88,7 +88,6 @@ DEVICE float inverse_sqrt(float value) { return __fdiv_rn(1.0f, __fsqrt_rn(value
 // Threads.
 DEVICE int thread_index() { return threadIdx.x; }
 DEVICE int64_t block_index() { return blockIdx.x; }
-DEVICE int64_t block_count() { return gridDim.x; }
 
 // Blocks of one cluster: consecutive blocks, which run at the same time and read each other's
 // shared memory. Without clusters every block is one.
