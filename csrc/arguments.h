@@ -60,6 +60,31 @@ class Arguments {
     p.scale = term();
   }
 
+  void forward(Forward& p) {
+    problem(p);
+    p.eps = number();
+    p.shift = term();
+    p.x = rows();
+    p.residual = rows();
+    p.h_dtype = dtype();
+    p.h = rows();
+    p.z = rows();
+    p.mean = address();
+    p.rstd = address();
+  }
+
+  void backward(Backward& p) {
+    problem(p);
+    p.dz = rows();
+    p.dh = rows();
+    p.h = rows();
+    p.x = rows();
+    p.mean = address();
+    p.rstd = address();
+    p.dx = rows();
+    p.dresidual = rows();
+  }
+
  private:
   Arguments(PyObject* tuple, int first, int count) : next_(fields_) {
     for (int i = 0; i < count; ++i) fields_[i] = PyTuple_GetItem(tuple, first + i);

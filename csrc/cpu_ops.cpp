@@ -64,16 +64,9 @@ PyObject* forward(PyObject*, PyObject* const* first, Py_ssize_t) {
   return call([&] {
     Arguments arguments(first);
     Forward p;
-    arguments.problem(p);
-    p.eps = arguments.number();
-    p.shift = arguments.term();
-    p.x = arguments.rows();
-    p.residual = arguments.rows();
-    p.h_dtype = arguments.dtype();
-    p.h = output(arguments.rows(), p.rows);
-    p.z = output(arguments.rows(), p.rows);
-    p.mean = arguments.address();
-    p.rstd = arguments.address();
+    arguments.forward(p);
+    p.h = output(p.h, p.rows);
+    p.z = output(p.z, p.rows);
     if (PyErr_Occurred()) return;
 
     const WithoutGil unlocked;
@@ -132,15 +125,9 @@ PyObject* backward(PyObject*, PyObject* const* first, Py_ssize_t) {
   return call([&] {
     Arguments arguments(first);
     Backward p;
-    arguments.problem(p);
-    p.dz = arguments.rows();
-    p.dh = arguments.rows();
-    p.h = arguments.rows();
-    p.x = arguments.rows();
-    p.mean = arguments.address();
-    p.rstd = arguments.address();
-    p.dx = output(arguments.rows(), p.rows);
-    p.dresidual = output(arguments.rows(), p.rows);
+    arguments.backward(p);
+    p.dx = output(p.dx, p.rows);
+    p.dresidual = output(p.dresidual, p.rows);
     const Term dgate = arguments.term(), dweight = arguments.term(), dbias = arguments.term(),
                dscale = arguments.term(), dshift = arguments.term();
     if (PyErr_Occurred()) return;

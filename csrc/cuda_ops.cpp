@@ -15,15 +15,7 @@ PyObject* forward(PyObject*, PyObject* const* first, Py_ssize_t) {
   return call([&] {
     Arguments arguments(first);
     Forward p;
-    arguments.problem(p);
-    p.eps = arguments.number();
-    p.x = arguments.rows();
-    p.residual = arguments.rows();
-    p.h_dtype = arguments.dtype();
-    p.h = arguments.rows();
-    p.z = arguments.rows();
-    p.mean = arguments.address();
-    p.rstd = arguments.address();
+    arguments.forward(p);
     void* const stream = arguments.address();
     if (!PyErr_Occurred()) set_error(cuda::layer_norm_fwd(p, stream));
   });
@@ -33,14 +25,7 @@ PyObject* backward(PyObject*, PyObject* const* first, Py_ssize_t) {
   return call([&] {
     Arguments arguments(first);
     cuda::Backward p;
-    arguments.problem(p);
-    p.dz = arguments.rows();
-    p.dh = arguments.rows();
-    p.h = arguments.rows();
-    p.mean = arguments.address();
-    p.rstd = arguments.address();
-    p.dx = arguments.rows();
-    p.dresidual = arguments.rows();
+    arguments.backward(p);
     const Term dweight = arguments.term(), dbias = arguments.term();
     p.partials = static_cast<float*>(arguments.address());
     p.partial_rows = arguments.integer();

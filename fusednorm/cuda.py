@@ -64,6 +64,7 @@ def layer_norm_fwd(
         _C.cuda_forward(
             *problem(rows, cols, *options, None, weight, bias, None, None),
             eps,
+            None,  # shift
             describe_rows(x, rows, cols),
             describe_rows(residual, rows, cols),
             DTYPE[h_dtype],
@@ -122,6 +123,7 @@ def layer_norm_bwd(
             describe_rows(dz, rows, cols),
             describe_rows(dh, rows, cols),
             describe_rows(h, rows, cols),
+            None,  # x
             address(mean),
             address(rstd),
             describe_rows(dx, rows, cols),
