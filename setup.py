@@ -42,12 +42,15 @@ NVCC_FLAGS = [
     *("-Icsrc", "-Icsrc/cuda/gpu"),
 ]
 # What each build of the kernels may use; the extension chooses when it is loaded.
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = [
+    *(*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"),
+    "-mprefer-vector-width=512",
+]
 LEVEL_FLAGS = {
-    "csrc/cpu/avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
-    "csrc/cpu/avx512.cpp": [
-        *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c"),
-        "-mprefer-vector-width=512",
-    ],
+    "csrc/cpu/avx2.cpp": AVX2,
+    "csrc/cpu/avx512.cpp": AVX512,
+    "csrc/cpu/avx512_bf16.cpp": [*AVX512, "-mavx512bf16"],
 }
 # A multiplication is fused with an addition where the source says so, and nowhere else.
 FLAGS = [

@@ -172,8 +172,8 @@ PyMethodDef cpu_methods[] = {
     {"forward", fast(forward), METH_FASTCALL, "Compute the equation; see fusednorm/cpu.py."},
     {"backward", fast(backward), METH_FASTCALL, "Differentiate it; see fusednorm/cpu.py."},
     {"level", level, METH_VARARGS,
-     "level(name=None): use the kernels for an instruction set, avx512, avx2 or portable;\n"
-     "return the name of those in use."},
+     "level(name=None): use the kernels for an instruction set, avx512_bf16, avx512, avx2 or\n"
+     "portable; return the name of those in use."},
     {nullptr, nullptr, 0, nullptr},
 };
 

@@ -112,7 +112,7 @@ def _runs(level: str) -> bool:
     return True
 
 
-LEVELS = tuple(filter(_runs, ("avx512", "avx2", "portable")))
+LEVELS = tuple(filter(_runs, ("avx512_bf16", "avx512", "avx2", "portable")))
 
 # Of the imported suites, those that depend on how wide a vector is and how it is converted; the
 # others run at the level that is the default here.

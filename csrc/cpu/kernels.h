@@ -80,10 +80,10 @@ constexpr bool computes = std::is_same_v<C, double> == std::is_same_v<T, double>
 // do not depend on it.
 constexpr int group = 4;
 
-// Whether so many are: where rows are a multiple of 4096 bytes apart, their columns take the same
-// places in the first cache, which has eight of each at best.
+// Whether so many are: where rows are a multiple of 2048 bytes apart, their columns take the same
+// one or two places in the first cache, which has eight of each at best.
 ALWAYS_INLINE bool in_groups(const Rows& rows) {
-  return rows.data == nullptr || rows.stride * bytes(rows.dtype) % 4096 != 0;
+  return rows.data == nullptr || rows.stride * bytes(rows.dtype) % 2048 != 0;
 }
 
 ALWAYS_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }

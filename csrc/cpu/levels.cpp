@@ -9,6 +9,7 @@ namespace {
 // The widest first.
 const Kernels* const levels[] = {
 #if defined(__x86_64__)
+    &avx512_bf16_kernels,
     &avx512_kernels,
     &avx2_kernels,
 #endif
@@ -17,6 +18,8 @@ const Kernels* const levels[] = {
 
 bool runs_here(const Kernels* level) {
 #if defined(__x86_64__)
+  if (level == &avx512_bf16_kernels)
+    return runs_here(&avx512_kernels) && __builtin_cpu_supports("avx512bf16");
   if (level == &avx512_kernels)
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
