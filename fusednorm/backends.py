@@ -15,8 +15,8 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,8 +29,7 @@ _VARIABLE = "FUSEDNORM_BACKEND"
 _MIN_CAPABILITY = (8, 0)
 
 
-@dataclass(frozen=True)
-class Choice:
+class Choice(NamedTuple):
     """The implementation for a tensor, one of `NAMES`, and why it is that one."""
 
     backend: str
@@ -171,7 +170,7 @@ def kernels(device: torch.device) -> str | None:
     """Return the name of the kernels that run on `device`: those requested, if they serve it."""
     if _requested in ("triton", "cuda") and serves(_requested, device):
         return _requested
-    if device.type == "cpu" and serves("cpu", device):
+    if device.type == "cpu" and extension_missing() is None:
         return "cpu"
     return "triton" if serves("triton", device) else None
 

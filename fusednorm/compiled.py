@@ -51,16 +51,18 @@ def allocate_gradients(
 
     Without a gradient of z there is none but those of x, residual and gate.
     """
-    dx, dresidual = (
-        _empty_like(h, dtype) if wanted else None
-        for dtype, wanted in zip(dtypes, output_mask[:2], strict=True)
+    gate, weight, bias, scale, shift = parameters
+    wants_dx, wants_dresidual, wants_dgate, *wants = output_mask
+    wants_dweight, wants_dbias, wants_dscale, wants_dshift = wants if through_z else (False,) * 4
+    return (
+        _empty_like(h, dtypes[0]) if wants_dx else None,
+        _empty_like(h, dtypes[1]) if wants_dresidual else None,
+        None if gate is None or not wants_dgate else _empty_like(gate, gate.dtype),
+        None if weight is None or not wants_dweight else _empty_like(weight, weight.dtype),
+        None if bias is None or not wants_dbias else _empty_like(bias, bias.dtype),
+        None if scale is None or not wants_dscale else _empty_like(scale, scale.dtype),
+        None if shift is None or not wants_dshift else _empty_like(shift, shift.dtype),
     )
-    wants = output_mask[2], *(wanted and through_z for wanted in output_mask[3:])
-    dgate, dweight, dbias, dscale, dshift = (
-        None if parameter is None or not wanted else _empty_like(parameter, parameter.dtype)
-        for parameter, wanted in zip(parameters, wants, strict=True)
-    )
-    return dx, dresidual, dgate, dweight, dbias, dscale, dshift
 
 
 def zero(gradients: Gradients) -> Gradients:
@@ -72,6 +74,8 @@ def zero(gradients: Gradients) -> Gradients:
 
 
 def _empty_like(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    if tensor.dtype is dtype and tensor.is_contiguous():
+        return torch.empty_like(tensor)  # takes a third less time than with keywords
     return torch.empty_like(tensor, dtype=dtype, memory_format=torch.contiguous_format)
 
 

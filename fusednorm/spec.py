@@ -50,4 +50,7 @@ def compute_dtype(*dtypes: torch.dtype | None) -> torch.dtype:
 
 def rows_and_columns(x: Tensor, normalized_shape: tuple[int, ...]) -> tuple[int, int]:
     """Return M and N."""
-    return math.prod(x.shape[: x.dim() - len(normalized_shape)]), math.prod(normalized_shape)
+    cols = math.prod(normalized_shape)
+    if cols > 0:
+        return x.numel() // cols, cols
+    return math.prod(x.shape[: x.dim() - len(normalized_shape)]), cols

@@ -84,6 +84,8 @@ def check_terms(
         for name, term in terms.items()
         if term is not None
     }
+    if not sizes:
+        return [*terms.values()]
     samples = max([1, *(rows for rows, _ in sizes.values())])
     flat: list[Tensor | None] = []
     for name, term in terms.items():
@@ -154,6 +156,8 @@ def is_shape(normalized_shape: object) -> TypeGuard[tuple[int, ...]]:
 def _shape_tuple(op: str, normalized_shape: object) -> tuple[int, ...]:
     if is_shape(normalized_shape):
         return normalized_shape
+    if type(normalized_shape) is int:
+        return (normalized_shape,)
     sizes = (normalized_shape,) if _is_size(normalized_shape) else normalized_shape
     if (
         isinstance(sizes, Sequence)
