@@ -26,7 +26,7 @@ SOURCES = [
     *("csrc/extension.cpp", "csrc/cpu_ops.cpp", "csrc/cpu/levels.cpp", "csrc/cpu/portable.cpp")
 ]
 HEADERS = [
-    *("equation.h", "arguments.h", "cpu_ops.h"),
+    *("equation.h", "tensors.h", "cpu_ops.h"),
     *("cpu/layer_norm.h", "cpu/levels.h", "cpu/kernels.h", "cpu/simd.h"),
 ]
 CUDA_SOURCES = ["csrc/cuda_ops.cpp", "csrc/cuda/forward.cu", "csrc/cuda/backward.cu"]

@@ -1,6 +1,6 @@
-// The CPU kernels as fusednorm/cpu.py calls them: share out among threads, add up partial sums.
+// The launchers of the CPU kernels: share out among threads, add up partial sums.
 //
-// Of torch only the thread pool is used, by its stable ABI.
+// Of torch's C++ only the thread pool is used, by its stable ABI.
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
@@ -13,9 +13,9 @@
 #include <sys/mman.h>
 #endif
 
-#include "arguments.h"
 #include "cpu/layer_norm.h"
 #include "cpu_ops.h"
+#include "tensors.h"
 
 namespace fusednorm {
 namespace {
@@ -60,19 +60,20 @@ Rows output(Rows rows, int64_t count) {
   return rows;
 }
 
-PyObject* forward(PyObject*, PyObject* const* first, Py_ssize_t) {
-  return call([&] {
-    Arguments arguments(first);
-    Forward p;
-    arguments.forward(p);
-    p.h = output(p.h, p.rows);
-    p.z = output(p.z, p.rows);
-    if (PyErr_Occurred()) return;
+void run(Forward& p) {
+  const WithoutGil unlocked;
+  p.h = output(p.h, p.rows);
+  p.z = output(p.z, p.rows);
+  const Kernels& kernels = cpu::kernels();
+  parallel_for(p.rows, divide_up(grain, p.cols),
+               [&](int64_t first, int64_t last) { kernels.forward(p, first, last); });
+}
 
-    const WithoutGil unlocked;
-    const Kernels& kernels = cpu::kernels();
-    parallel_for(p.rows, divide_up(grain, p.cols),
-                 [&](int64_t first, int64_t last) { kernels.forward(p, first, last); });
+PyObject* forward(PyObject*, PyObject* const* arguments, Py_ssize_t) {
+  return call([&] {
+    ForwardCall forward(arguments);
+    if (!forward.is_empty()) run(forward.p);
+    return forward.outputs();
   });
 }
 
@@ -121,40 +122,45 @@ class Partials {
   std::unique_ptr<void, Free> memory_;
 };
 
-PyObject* backward(PyObject*, PyObject* const* first, Py_ssize_t) {
+// The gradients of the terms.
+struct Terms {
+  Term dgate, dweight, dbias, dscale, dshift;
+};
+
+void run(Backward& p, const Terms& terms) {
+  const WithoutGil unlocked;
+  p.dx = output(p.dx, p.rows);
+  p.dresidual = output(p.dresidual, p.rows);
+  const int64_t samples = p.rows / p.rows_per_sample;
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t wanted = std::clamp<int64_t>(p.rows * p.cols / grain, 1, threads);
+  p.units_per_sample = std::min(divide_up(wanted, samples), p.rows_per_sample);
+  p.units = samples * p.units_per_sample;
+  p.tasks = std::min(wanted, p.units);
+
+  const Partials partials[] = {{terms.dweight, p.tasks, p},
+                               {terms.dbias, p.tasks, p},
+                               {terms.dgate, p.units, p},
+                               {terms.dscale, p.units, p},
+                               {terms.dshift, p.units, p}};
+  p.dweight = partials[0].data();
+  p.dbias = partials[1].data();
+  p.dgate = partials[2].data();
+  p.dscale = partials[3].data();
+  p.dshift = partials[4].data();
+
+  const Kernels& kernels = cpu::kernels();
+  parallel_for(p.tasks, 1, [&](int64_t first, int64_t last) { kernels.backward(p, first, last); });
+  for (const Partials& gradient : partials) gradient.fold(kernels);
+}
+
+PyObject* backward(PyObject*, PyObject* const* arguments, Py_ssize_t) {
   return call([&] {
-    Arguments arguments(first);
-    Backward p;
-    arguments.backward(p);
-    p.dx = output(p.dx, p.rows);
-    p.dresidual = output(p.dresidual, p.rows);
-    const Term dgate = arguments.term(), dweight = arguments.term(), dbias = arguments.term(),
-               dscale = arguments.term(), dshift = arguments.term();
-    if (PyErr_Occurred()) return;
-
-    const WithoutGil unlocked;
-    const int64_t samples = p.rows / p.rows_per_sample;
-    const int64_t threads = torch::stable::get_num_threads();
-    const int64_t wanted = std::clamp<int64_t>(p.rows * p.cols / grain, 1, threads);
-    p.units_per_sample = std::min(divide_up(wanted, samples), p.rows_per_sample);
-    p.units = samples * p.units_per_sample;
-    p.tasks = std::min(wanted, p.units);
-
-    const Partials partials[] = {{dweight, p.tasks, p},
-                                 {dbias, p.tasks, p},
-                                 {dgate, p.units, p},
-                                 {dscale, p.units, p},
-                                 {dshift, p.units, p}};
-    p.dweight = partials[0].data();
-    p.dbias = partials[1].data();
-    p.dgate = partials[2].data();
-    p.dscale = partials[3].data();
-    p.dshift = partials[4].data();
-
-    const Kernels& kernels = cpu::kernels();
-    parallel_for(p.tasks, 1,
-                 [&](int64_t first, int64_t last) { kernels.backward(p, first, last); });
-    for (const Partials& gradient : partials) gradient.fold(kernels);
+    BackwardCall<Backward> backward(arguments);
+    if (!backward.is_empty())
+      run(backward.p, {backward.dgate(), backward.dweight(), backward.dbias(), backward.dscale(),
+                       backward.dshift()});
+    return backward.outputs();
   });
 }
 
@@ -169,8 +175,10 @@ PyObject* level(PyObject*, PyObject* args) {
 }  // namespace
 
 PyMethodDef cpu_methods[] = {
-    {"forward", fast(forward), METH_FASTCALL, "Compute the equation; see fusednorm/cpu.py."},
-    {"backward", fast(backward), METH_FASTCALL, "Differentiate it; see fusednorm/cpu.py."},
+    {"forward", fast(forward), METH_FASTCALL,
+     "Compute the equation; see fusednorm/triton_kernels/forward.py."},
+    {"backward", fast(backward), METH_FASTCALL,
+     "Differentiate it; see fusednorm/triton_kernels/backward.py."},
     {"level", level, METH_VARARGS,
      "level(name=None): use the kernels for an instruction set, avx512_bf16, avx512, avx2 or\n"
      "portable; return the name of those in use."},

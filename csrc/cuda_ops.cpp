@@ -1,66 +1,64 @@
-// The CUDA kernels as fusednorm/cuda.py calls them: read the arguments, launch.
+// The launchers of the CUDA kernels, for fusednorm/cuda.py, which checks and chooses the device.
 #include "cuda_ops.h"
 
-#include "arguments.h"
+#include <stdexcept>
+
 #include "cuda/layer_norm.h"
+#include "tensors.h"
 
 namespace fusednorm {
 namespace {
 
-void set_error(const char* error) {
-  if (error) PyErr_Format(PyExc_RuntimeError, "fusednorm: %s", error);
+void check(const char* error) {
+  if (error) throw std::runtime_error(error);
 }
 
-PyObject* forward(PyObject*, PyObject* const* first, Py_ssize_t) {
+// The arguments end with the address of the stream.
+PyObject* forward(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   return call([&] {
-    Arguments arguments(first);
-    Forward p;
-    arguments.forward(p);
-    void* const stream = arguments.address();
-    if (!PyErr_Occurred()) set_error(cuda::layer_norm_fwd(p, stream));
+    const ForwardCall forward(arguments);
+    void* const stream = PyLong_AsVoidPtr(arguments[count - 1]);
+    if (!forward.is_empty()) check(cuda::layer_norm_fwd(forward.p, stream));
+    return forward.outputs();
   });
 }
 
-PyObject* backward(PyObject*, PyObject* const* first, Py_ssize_t) {
-  return call([&] {
-    Arguments arguments(first);
-    cuda::Backward p;
-    arguments.backward(p);
-    const Term dweight = arguments.term(), dbias = arguments.term();
-    p.partials = static_cast<float*>(arguments.address());
-    p.partial_rows = arguments.integer();
-    void* const stream = arguments.address();
-    if (PyErr_Occurred()) return;
-    const char* error = cuda::layer_norm_bwd(p, stream);
-    if (p.partials && !error) {
-      const Term& either = dweight.data ? dweight : dbias;
-      const cuda::Finalize finalize{p.partials,
-                                    p.partial_rows,
-                                    p.cols,
-                                    const_cast<void*>(dweight.data),
-                                    const_cast<void*>(dbias.data),
-                                    either.dtype};
-      error = cuda::layer_norm_bwd_finalize(finalize, stream);
-    }
-    set_error(error);
-  });
+void launch(BackwardCall<cuda::Backward>& backward, PyObject* h, void* stream) {
+  cuda::Backward& p = backward.p;
+  const Term dweight = backward.dweight(), dbias = backward.dbias();
+  const Term& either = dweight.data ? dweight : dbias;
+  if (either.data == nullptr) return check(cuda::layer_norm_bwd(p, stream));
+
+  check(cuda::count_partial_rows(p.rows, p.cols, p.h.dtype, cuda::has_stream(p), p.partial_rows));
+  const Ref shape(Py_BuildValue("LiL", static_cast<long long>(p.partial_rows), 2,
+                                static_cast<long long>(p.cols)));
+  const Ref partials = new_empty(h, shape, DType::f32);
+  p.partials = static_cast<float*>(address(partials.get()));
+  check(cuda::layer_norm_bwd(p, stream));
+  const cuda::Finalize finalize{p.partials,
+                                p.partial_rows,
+                                p.cols,
+                                const_cast<void*>(dweight.data),
+                                const_cast<void*>(dbias.data),
+                                either.dtype};
+  check(cuda::layer_norm_bwd_finalize(finalize, stream));
 }
 
-PyObject* partial_rows(PyObject*, PyObject* const* first, Py_ssize_t) {
-  Arguments arguments(first);
-  const int64_t rows = arguments.integer(), cols = arguments.integer();
-  const DType dtype = arguments.dtype();
-  const bool stream = arguments.integer();
-  if (PyErr_Occurred()) return nullptr;
-  int64_t count = 0;
-  set_error(cuda::count_partial_rows(rows, cols, dtype, stream, count));
-  return PyErr_Occurred() ? nullptr : PyLong_FromLongLong(count);
+PyObject* backward(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  return call([&] {
+    BackwardCall<cuda::Backward> backward(arguments);
+    void* const stream = PyLong_AsVoidPtr(arguments[count - 1]);
+    if (!backward.is_empty()) launch(backward, arguments[3], stream);
+    return backward.outputs();
+  });
 }
 
 PyObject* widest(PyObject*, PyObject*) {
-  int64_t forward = 0, backward = 0;
-  set_error(cuda::widest_rows(forward, backward));
-  return PyErr_Occurred() ? nullptr : PyLong_FromLongLong(std::min(forward, backward));
+  return call([&] {
+    int64_t forward = 0, backward = 0;
+    check(cuda::widest_rows(forward, backward));
+    return PyLong_FromLongLong(std::min(forward, backward));
+  });
 }
 
 }  // namespace
@@ -68,8 +66,6 @@ PyObject* widest(PyObject*, PyObject*) {
 PyMethodDef cuda_methods[] = {
     {"cuda_forward", fast(forward), METH_FASTCALL, "Launch the forward; see fusednorm/cuda.py."},
     {"cuda_backward", fast(backward), METH_FASTCALL, "Launch the backward; see fusednorm/cuda.py."},
-    {"cuda_partial_rows", fast(partial_rows), METH_FASTCALL,
-     "cuda_partial_rows(rows, cols, dtype, stream): the partial sums that the backward writes."},
     {"cuda_widest_rows", widest, METH_NOARGS,
      "The columns that the kernels can normalise together on the device in use."},
     {nullptr, nullptr, 0, nullptr},

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fusednorm import backends, reference
-from fusednorm.spec import Gradients, Mask, Spec, compute_dtype, rows_and_columns
+from fusednorm.spec import Gradients, Mask, Outputs, Spec, compute_dtype, rows_and_columns
 
 _SPEC = "SymInt[] normalized_shape, float eps, bool rms, float dropout_p"
 _library = torch.library.Library("fusednorm", "DEF")
@@ -32,10 +32,6 @@ _library.define(
     "bool[7] output_mask) -> (Tensor dx, Tensor dresidual, Tensor dgate, Tensor dweight, "
     "Tensor dbias, Tensor dscale, Tensor dshift)"
 )
-
-
-Outputs = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
-"""z, h, mean and rstd."""
 
 
 class Kernels(NamedTuple):
@@ -62,9 +58,9 @@ _TRITON_KERNELS = Kernels(_triton_fwd, _triton_bwd)
 
 @cache
 def _cpu_kernels() -> Kernels:
-    from fusednorm import cpu
+    from fusednorm import _C  # type: ignore[attr-defined]
 
-    return Kernels(cpu.layer_norm_fwd, cpu.layer_norm_bwd)
+    return Kernels(_C.forward, _C.backward)
 
 
 @cache

@@ -8,6 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+Outputs = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
+"""z, h, mean and rstd."""
+
 Gradients = tuple[
     Tensor | None,
     Tensor | None,

@@ -23,15 +23,11 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("fusednorm.functional", "fusednorm.modules", "fusednorm.replace"),
     ("fusednorm.autograd",),
     ("fusednorm.ops", "fusednorm.backends"),
-    (
-        *("fusednorm.triton_kernels", "fusednorm.cuda", "fusednorm.cpu", "fusednorm.csrc"),
-        "fusednorm.reference",
-    ),
-    ("fusednorm.compiled",),
+    ("fusednorm.triton_kernels", "fusednorm.cuda", "fusednorm.csrc", "fusednorm.reference"),
     ("fusednorm.validation", "fusednorm.spec", "fusednorm._version", "fusednorm._C"),
 )
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
-IMPLEMENTATIONS = frozenset(FLOORS[-3])
+IMPLEMENTATIONS = frozenset(FLOORS[-2])
 LEAVES = frozenset(FLOORS[-1])
 # What bench may look at behind the public API.
 CODE_GENERATION = "bench.codegen"

@@ -1,0 +1,373 @@
+// What the extension's functions take from Python and return: torch's tensors, described for the
+// kernels and allocated, by the methods that Python has for it. Its limited API alone is used.
+#pragma once
+
+#include <Python.h>
+
+#include <algorithm>
+#include <cmath>
+#include <exception>
+#include <utility>
+#include <vector>
+
+#include "equation.h"
+
+namespace fusednorm {
+
+// A Python exception is set.
+struct Raised {};
+
+// A reference to an object, or to none.
+class Ref {
+ public:
+  Ref() = default;
+  explicit Ref(PyObject* owned) : object_(owned) {
+    if (owned == nullptr) throw Raised{};
+  }
+  Ref(Ref&& other) noexcept : object_(std::exchange(other.object_, nullptr)) {}
+  Ref& operator=(Ref&& other) noexcept {
+    std::swap(object_, other.object_);
+    return *this;
+  }
+  ~Ref() { Py_XDECREF(object_); }
+
+  PyObject* get() const { return object_; }
+  PyObject* release() { return std::exchange(object_, nullptr); }
+  explicit operator bool() const { return object_ != nullptr; }
+
+ private:
+  PyObject* object_ = nullptr;
+};
+
+inline Ref shared(PyObject* object) {
+  Py_INCREF(object);
+  return Ref(object);
+}
+
+inline Ref attribute(PyObject* object, PyObject* name) {
+  return Ref(PyObject_GetAttr(object, name));
+}
+
+template <class... Objects>
+Ref invoke(PyObject* object, PyObject* method, Objects*... arguments) {
+  constexpr PyObject* end = nullptr;
+  return Ref(PyObject_CallMethodObjArgs(object, method, arguments..., end));
+}
+
+inline int64_t integer(PyObject* object) {
+  const int64_t value = PyLong_AsLongLong(object);
+  if (value == -1 && PyErr_Occurred()) throw Raised{};
+  return value;
+}
+
+inline double number(PyObject* object) {
+  const double value = PyFloat_AsDouble(object);
+  if (value == -1.0 && PyErr_Occurred()) throw Raised{};
+  return value;
+}
+
+inline bool flag(PyObject* object) {
+  const int value = PyObject_IsTrue(object);
+  if (value < 0) throw Raised{};
+  return value != 0;
+}
+
+inline int64_t item(PyObject* tuple, Py_ssize_t i) {
+  PyObject* const value = PyTuple_GetItem(tuple, i);
+  if (value == nullptr) throw Raised{};
+  return integer(value);
+}
+
+// What of torch is used, looked up once.
+struct Names {
+  Ref module{PyImport_ImportModule("torch")};
+  Ref empty_like{PyObject_GetAttrString(module.get(), "empty_like")};
+  Ref contiguous_format{PyObject_GetAttrString(module.get(), "contiguous_format")};
+  Ref dtypes[5] = {shared(Py_None), dtype("float16"), dtype("bfloat16"), dtype("float32"),
+                   dtype("float64")};  // by DType
+  Ref data_ptr = name("data_ptr"), contiguous = name("contiguous"), new_empty = name("new_empty"),
+      is_contiguous = name("is_contiguous"), numel = name("numel"), reshape = name("reshape"),
+      shape = name("shape"), stride = name("stride"), zero = name("zero_"), dtype_ = name("dtype");
+
+ private:
+  Ref dtype(const char* name) { return Ref(PyObject_GetAttrString(module.get(), name)); }
+  static Ref name(const char* text) { return Ref(PyUnicode_InternFromString(text)); }
+};
+
+inline const Names& names() {
+  static const Names names;
+  return names;
+}
+
+inline DType dtype(PyObject* object) {
+  for (int i = 0; i < 5; ++i)
+    if (names().dtypes[i].get() == object) return DType(i);
+  PyErr_SetString(PyExc_TypeError, "fusednorm: a dtype that the kernels do not have");
+  throw Raised{};
+}
+
+inline DType dtype_of(PyObject* tensor) {
+  // A dtype outlives every tensor.
+  return dtype(attribute(tensor, names().dtype_.get()).get());
+}
+
+inline PyObject* object_of(DType dtype) { return names().dtypes[int(dtype)].get(); }
+
+inline void* address(PyObject* tensor) {
+  if (tensor == Py_None) return nullptr;
+  return PyLong_AsVoidPtr(invoke(tensor, names().data_ptr.get()).get());
+}
+
+inline bool is_contiguous(PyObject* tensor) {
+  return flag(invoke(tensor, names().is_contiguous.get()).get());
+}
+
+inline int64_t size(PyObject* tensor, int dim) {
+  return item(attribute(tensor, names().shape.get()).get(), dim);
+}
+
+inline int64_t stride(PyObject* tensor, int dim) {
+  return item(invoke(tensor, names().stride.get()).get(), dim);
+}
+
+// Allocates a contiguous tensor of the shape of another.
+inline Ref empty_like(PyObject* tensor, DType dtype) {
+  PyObject* const function = names().empty_like.get();
+  if (dtype_of(tensor) == dtype && is_contiguous(tensor)) {
+    constexpr PyObject* end = nullptr;
+    return Ref(PyObject_CallFunctionObjArgs(function, tensor, end));
+  }
+  const Ref arguments(PyTuple_Pack(1, tensor)), keywords(PyDict_New());
+  if (PyDict_SetItemString(keywords.get(), "dtype", object_of(dtype)) < 0 ||
+      PyDict_SetItemString(keywords.get(), "memory_format", names().contiguous_format.get()) < 0)
+    throw Raised{};
+  return Ref(PyObject_Call(function, arguments.get(), keywords.get()));
+}
+
+// Allocates a tensor on the device of another; `shape` is a tuple.
+inline Ref new_empty(PyObject* tensor, const Ref& shape, DType dtype) {
+  const Ref method = attribute(tensor, names().new_empty.get());
+  const Ref arguments(PyTuple_Pack(1, shape.get())), keywords(PyDict_New());
+  if (PyDict_SetItemString(keywords.get(), "dtype", object_of(dtype)) < 0) throw Raised{};
+  return Ref(PyObject_Call(method.get(), arguments.get(), keywords.get()));
+}
+
+// Describes the tensors of a call to the kernels. What it has to copy lives as long as it does.
+class Layout {
+ public:
+  // Rows of the shape `normalized_shape`, a tuple, that `tensor` consists of.
+  Layout(PyObject* tensor, PyObject* normalized_shape) {
+    for (Py_ssize_t i = 0; i < PyTuple_Size(normalized_shape); ++i)
+      cols_ *= item(normalized_shape, i);
+    const int64_t elements = integer(invoke(tensor, names().numel.get()).get());
+    if (cols_ > 0) {
+      rows_ = elements / cols_;
+      return;
+    }
+    const Ref shape = attribute(tensor, names().shape.get());
+    const Py_ssize_t leading = PyTuple_Size(shape.get()) - PyTuple_Size(normalized_shape);
+    rows_ = 1;
+    for (Py_ssize_t i = 0; i < leading; ++i) rows_ *= item(shape.get(), i);
+  }
+
+  int64_t row_count() const { return rows_; }
+  int64_t cols() const { return cols_; }
+  bool is_empty() const { return rows_ == 0 || cols_ == 0; }
+
+  // M rows of N columns, copied where they are not evenly spaced or their columns not adjacent.
+  Rows rows(PyObject* tensor) {
+    if (tensor == Py_None) return {};
+    int64_t distance = cols_;
+    if (!is_contiguous(tensor)) {
+      const Ref shape(
+          Py_BuildValue("LL", static_cast<long long>(rows_), static_cast<long long>(cols_)));
+      tensor = keep(invoke(tensor, names().reshape.get(), shape.get()));
+      if (cols_ > 1 && stride(tensor, 1) != 1) tensor = contiguous(tensor);
+      distance = stride(tensor, 0);
+    }
+    return {address(tensor), distance, dtype_of(tensor)};
+  }
+
+  // A weight or a bias.
+  Term vector(PyObject* tensor) {
+    if (tensor == Py_None) return {};
+    if (!is_contiguous(tensor)) tensor = contiguous(tensor);
+    return {address(tensor), 0, false, dtype_of(tensor)};
+  }
+
+  // A gate, scale or shift, [1 or S, N or 1].
+  Term term(PyObject* tensor) {
+    if (tensor == Py_None) return {};
+    const bool is_number = size(tensor, 1) < cols_;
+    if (!is_number && cols_ > 1 && stride(tensor, 1) != 1) tensor = contiguous(tensor);
+    const int64_t distance = size(tensor, 0) == 1 ? 0 : stride(tensor, 0);
+    return {address(tensor), distance, is_number, dtype_of(tensor)};
+  }
+
+ private:
+  PyObject* keep(Ref copy) {
+    kept_.push_back(std::move(copy));
+    return kept_.back().get();
+  }
+
+  PyObject* contiguous(PyObject* tensor) { return keep(invoke(tensor, names().contiguous.get())); }
+
+  int64_t rows_ = 0, cols_ = 1;
+  std::vector<Ref> kept_;
+};
+
+// What both directions are given: gate, weight, bias, scale, shift and seed side by side.
+inline void describe(Problem& p, Layout& layout, PyObject* const* terms, double dropout_p,
+                     DType x_hat_dtype) {
+  PyObject *const gate = terms[0], *const scale = terms[3], *const shift = terms[4];
+  p.rows = layout.row_count();
+  p.cols = layout.cols();
+  int64_t samples = 1;
+  for (PyObject* term : {gate, scale, shift})
+    if (term != Py_None) samples = std::max(samples, size(term, 0));
+  p.rows_per_sample = p.rows / samples;
+  p.x_hat_dtype = x_hat_dtype;
+  p.dropout.seed = static_cast<const int64_t*>(address(terms[5]));
+  p.dropout.drop_below = uint32_t(std::min(std::nearbyint(dropout_p * 4294967296.0), 4294967295.0));
+  p.dropout.inverse_keep = 1.0 / (1.0 - dropout_p);
+  p.gate = layout.term(gate);
+  p.weight = layout.vector(terms[1]);
+  p.bias = layout.vector(terms[2]);
+  p.scale = layout.term(scale);
+}
+
+// A tuple of results, None in the place of each that there is none of.
+template <class... Results>
+PyObject* pack(const Results&... results) {
+  return PyTuple_Pack(sizeof...(results), (results ? results.get() : Py_None)...);
+}
+
+// A forward: its arguments are those of the launchers in fusednorm/triton_kernels/forward.py.
+class ForwardCall {
+ public:
+  explicit ForwardCall(PyObject* const* arguments) : layout_(arguments[0], arguments[8]) {
+    PyObject *const x = arguments[0], *const residual = arguments[1];
+    const DType out_dtype = dtype(arguments[12]);
+    p.h_dtype = dtype(arguments[13]);
+    p.rms = flag(arguments[10]);
+    p.eps = number(arguments[9]);
+    p.compute = dtype_of(x) == DType::f64 || p.h_dtype == DType::f64 ? DType::f64 : DType::f32;
+    if (p.h_dtype != DType::none && flag(arguments[16])) h_ = empty_like(x, p.h_dtype);
+    if (flag(arguments[15])) {
+      const Ref shape(Py_BuildValue("(L)", static_cast<long long>(layout_.row_count())));
+      rstd_ = new_empty(x, shape, p.compute);
+      if (!p.rms) mean_ = empty_like(rstd_.get(), p.compute);
+    }
+    z_ = empty_like(x, out_dtype);
+    if (is_empty()) return;
+    describe(p, layout_, arguments + 2, number(arguments[11]), dtype(arguments[14]));
+    p.shift = layout_.term(arguments[6]);
+    p.x = layout_.rows(x);
+    p.residual = layout_.rows(residual);
+    p.z = layout_.rows(z_.get());
+    if (h_) p.h = layout_.rows(h_.get());
+    if (mean_) p.mean = address(mean_.get());
+    if (rstd_) p.rstd = address(rstd_.get());
+  }
+
+  bool is_empty() const { return layout_.is_empty(); }
+  PyObject* outputs() const { return pack(z_, h_, mean_, rstd_); }
+
+  Forward p;
+
+ private:
+  Layout layout_;
+  Ref z_, h_, mean_, rstd_;
+};
+
+// A backward: its arguments are those of the launchers in fusednorm/triton_kernels/backward.py.
+// B is the Backward of a device.
+template <class B>
+class BackwardCall {
+ public:
+  explicit BackwardCall(PyObject* const* arguments) : layout_(arguments[3], arguments[12]) {
+    PyObject *const dz = arguments[0], *const dh = arguments[1], *const x = arguments[2],
+                    *const h = arguments[3], *const mean = arguments[4], *const rstd = arguments[5];
+    allocate(arguments, dz != Py_None);
+    if (is_empty()) {
+      zero();
+      return;
+    }
+    describe(p, layout_, arguments + 6, number(arguments[13]), dtype(arguments[16]));
+    p.rms = mean == Py_None;
+    p.compute = dtype_of(rstd);
+    p.dz = layout_.rows(dz);
+    p.dh = layout_.rows(dh);
+    p.h = layout_.rows(h);
+    p.mean = address(mean);
+    p.rstd = address(rstd);
+    if (gradients_[0]) p.dx = layout_.rows(gradients_[0].get());
+    if (gradients_[1]) p.dresidual = layout_.rows(gradients_[1].get());
+    if (gradients_[2]) p.x = layout_.rows(x);
+  }
+
+  bool is_empty() const { return layout_.is_empty(); }
+
+  Term dgate() { return gradients_[2] ? layout_.term(gradients_[2].get()) : Term{}; }
+  Term dweight() { return gradients_[3] ? layout_.vector(gradients_[3].get()) : Term{}; }
+  Term dbias() { return gradients_[4] ? layout_.vector(gradients_[4].get()) : Term{}; }
+  Term dscale() { return gradients_[5] ? layout_.term(gradients_[5].get()) : Term{}; }
+  Term dshift() { return gradients_[6] ? layout_.term(gradients_[6].get()) : Term{}; }
+
+  PyObject* outputs() const {
+    const auto& [dx, dresidual, dgate, dweight, dbias, dscale, dshift] = gradients_;
+    return pack(dx, dresidual, dgate, dweight, dbias, dscale, dshift);
+  }
+
+  B p;
+
+ private:
+  // Without a gradient of z there is none but those of x, residual and gate.
+  void allocate(PyObject* const* arguments, bool through_z) {
+    const auto wanted = [&](int i) {
+      return flag(Ref(PySequence_GetItem(arguments[17], i)).get());
+    };
+    for (int i = 0; i < 2; ++i)
+      if (wanted(i)) gradients_[i] = empty_like(arguments[3], dtype(arguments[14 + i]));
+    for (int i = 2; i < (through_z ? 7 : 3); ++i) {
+      PyObject* const parameter = arguments[4 + i];
+      if (parameter != Py_None && wanted(i))
+        gradients_[i] = empty_like(parameter, dtype_of(parameter));
+    }
+  }
+
+  void zero() {
+    for (const Ref& gradient : gradients_)
+      if (gradient) invoke(gradient.get(), names().zero.get());
+  }
+
+  Layout layout_;
+  Ref gradients_[7];  // of x, residual, gate, weight, bias, scale and shift
+};
+
+class WithoutGil {
+ public:
+  WithoutGil() : state_(PyEval_SaveThread()) {}
+  ~WithoutGil() { PyEval_RestoreThread(state_); }
+
+ private:
+  PyThreadState* state_;
+};
+
+// Returns what f does, or raises what it throws.
+template <class F>
+PyObject* call(const F& f) {
+  try {
+    return f();
+  } catch (const Raised&) {
+    return nullptr;
+  } catch (const std::exception& error) {
+    return PyErr_Format(PyExc_RuntimeError, "fusednorm: %s", error.what());
+  }
+}
+
+inline PyCFunction fast(PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t)) {
+  return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
+}
+
+}  // namespace fusednorm
