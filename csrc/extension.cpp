@@ -1,5 +1,6 @@
 // The module: the functions of what was built.
 #include "cpu_ops.h"
+#include "eager.h"
 #ifdef FUSEDNORM_CUDA
 #include "cuda_ops.h"
 #endif
@@ -11,6 +12,7 @@ static PyModuleDef module = {
 PyMODINIT_FUNC PyInit__C() {
   PyObject* const created = PyModule_Create(&module);
   if (created == nullptr) return nullptr;
+  if (PyModule_AddFunctions(created, fusednorm::eager_methods) < 0) return nullptr;
   if (PyModule_AddFunctions(created, fusednorm::cpu_methods) < 0) return nullptr;
 #ifdef FUSEDNORM_CUDA
   if (PyModule_AddFunctions(created, fusednorm::cuda_methods) < 0) return nullptr;

@@ -78,24 +78,38 @@ inline int64_t item(PyObject* tuple, Py_ssize_t i) {
   return integer(value);
 }
 
+inline Ref member(const Ref& object, const char* name) {
+  return Ref(PyObject_GetAttrString(object.get(), name));
+}
+
+inline Ref interned(const char* text) { return Ref(PyUnicode_InternFromString(text)); }
+
 // What of torch is used, looked up once.
 struct Names {
-  Ref module{PyImport_ImportModule("torch")};
-  Ref empty_like{PyObject_GetAttrString(module.get(), "empty_like")};
-  Ref contiguous_format{PyObject_GetAttrString(module.get(), "contiguous_format")};
-  Ref dtypes[5] = {shared(Py_None), dtype("float16"), dtype("bfloat16"), dtype("float32"),
-                   dtype("float64")};  // by DType
-  Ref data_ptr = name("data_ptr"), contiguous = name("contiguous"), new_empty = name("new_empty"),
-      is_contiguous = name("is_contiguous"), numel = name("numel"), reshape = name("reshape"),
-      shape = name("shape"), stride = name("stride"), zero = name("zero_"), dtype_ = name("dtype");
+  Ref torch{PyImport_ImportModule("torch")};
+  Ref empty_like = member(torch, "empty_like");
+  // By DType: the dtype, and the keywords for a tensor, or a contiguous one, of it.
+  Ref dtypes[5] = {shared(Py_None), member(torch, "float16"), member(torch, "bfloat16"),
+                   member(torch, "float32"), member(torch, "float64")};
+  Ref of[5], contiguous_of[5];
+  Ref data_ptr = interned("data_ptr"), dtype = interned("dtype"), shape = interned("shape"),
+      stride = interned("stride"), numel = interned("numel"), reshape = interned("reshape"),
+      is_contiguous = interned("is_contiguous"), contiguous = interned("contiguous"),
+      new_empty = interned("new_empty"), zero = interned("zero_");
 
- private:
-  Ref dtype(const char* name) { return Ref(PyObject_GetAttrString(module.get(), name)); }
-  static Ref name(const char* text) { return Ref(PyUnicode_InternFromString(text)); }
+  Names() {
+    const Ref format = member(torch, "contiguous_format");
+    for (int i = 1; i < 5; ++i) {
+      PyObject* const dtype = dtypes[i].get();
+      of[i] = Ref(Py_BuildValue("{sO}", "dtype", dtype));
+      contiguous_of[i] =
+          Ref(Py_BuildValue("{sOsO}", "dtype", dtype, "memory_format", format.get()));
+    }
+  }
 };
 
 inline const Names& names() {
-  static const Names names;
+  static const Names& names = *new Names;  // never deleted: Python ends before statics do
   return names;
 }
 
@@ -108,10 +122,8 @@ inline DType dtype(PyObject* object) {
 
 inline DType dtype_of(PyObject* tensor) {
   // A dtype outlives every tensor.
-  return dtype(attribute(tensor, names().dtype_.get()).get());
+  return dtype(attribute(tensor, names().dtype.get()).get());
 }
-
-inline PyObject* object_of(DType dtype) { return names().dtypes[int(dtype)].get(); }
 
 inline void* address(PyObject* tensor) {
   if (tensor == Py_None) return nullptr;
@@ -137,19 +149,15 @@ inline Ref empty_like(PyObject* tensor, DType dtype) {
     constexpr PyObject* end = nullptr;
     return Ref(PyObject_CallFunctionObjArgs(function, tensor, end));
   }
-  const Ref arguments(PyTuple_Pack(1, tensor)), keywords(PyDict_New());
-  if (PyDict_SetItemString(keywords.get(), "dtype", object_of(dtype)) < 0 ||
-      PyDict_SetItemString(keywords.get(), "memory_format", names().contiguous_format.get()) < 0)
-    throw Raised{};
-  return Ref(PyObject_Call(function, arguments.get(), keywords.get()));
+  const Ref arguments(PyTuple_Pack(1, tensor));
+  return Ref(PyObject_Call(function, arguments.get(), names().contiguous_of[int(dtype)].get()));
 }
 
 // Allocates a tensor on the device of another; `shape` is a tuple.
 inline Ref new_empty(PyObject* tensor, const Ref& shape, DType dtype) {
   const Ref method = attribute(tensor, names().new_empty.get());
-  const Ref arguments(PyTuple_Pack(1, shape.get())), keywords(PyDict_New());
-  if (PyDict_SetItemString(keywords.get(), "dtype", object_of(dtype)) < 0) throw Raised{};
-  return Ref(PyObject_Call(method.get(), arguments.get(), keywords.get()));
+  const Ref arguments(PyTuple_Pack(1, shape.get()));
+  return Ref(PyObject_Call(method.get(), arguments.get(), names().of[int(dtype)].get()));
 }
 
 // Describes the tensors of a call to the kernels. What it has to copy lives as long as it does.
@@ -264,8 +272,8 @@ class ForwardCall {
     p.shift = layout_.term(arguments[6]);
     p.x = layout_.rows(x);
     p.residual = layout_.rows(residual);
-    p.z = layout_.rows(z_.get());
-    if (h_) p.h = layout_.rows(h_.get());
+    p.z = fresh(z_, out_dtype);
+    p.h = fresh(h_, p.h_dtype);
     if (mean_) p.mean = address(mean_.get());
     if (rstd_) p.rstd = address(rstd_.get());
   }
@@ -276,6 +284,11 @@ class ForwardCall {
   Forward p;
 
  private:
+  Rows fresh(const Ref& tensor, DType dtype) const {
+    if (!tensor) return {};
+    return {address(tensor.get()), layout_.cols(), dtype};
+  }
+
   Layout layout_;
   Ref z_, h_, mean_, rstd_;
 };

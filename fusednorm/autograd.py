@@ -55,12 +55,9 @@ def _save(
     """Save what the backward reads: h, the row statistics, the parameters, and x for dgate only."""
     x, residual, gate, weight, bias, scale, shift, seed = tensors
     h, mean, rstd = outputs
-    if spec.h_dtype is None:
-        h = x
-    ctx.save_for_backward(
-        x if gate is not None and needs[2] else None,
-        *(h, mean, rstd, gate, weight, bias, scale, shift, seed),
-    )
+    branch = x if gate is not None and needs[2] else None
+    h = x if spec.h_dtype is None else h
+    ctx.save_for_backward(branch, h, mean, rstd, gate, weight, bias, scale, shift, seed)
     ctx.spec, ctx.output_mask = spec, needs
     ctx.dtypes = x.dtype, x.dtype if residual is None else residual.dtype
     ctx.set_materialize_grads(False)
@@ -129,9 +126,9 @@ class LayerNormFunction(torch.autograd.Function):
     def forward(ctx: Any, spec: Spec, kernels: ops.Kernels, *tensors: Tensor | None) -> Any:
         """Run the forward kernel; return z, and h where it is not x."""
         ctx.kernels = kernels
-        z, *outputs = kernels.forward(*tensors, *spec, True, True)
-        _save(ctx, tensors, spec, tuple(outputs), ctx.needs_input_grad[2 : 2 + _DIFFERENTIABLE])
-        return z if spec.h_dtype is None else (z, outputs[0])
+        z, h, mean, rstd = kernels.forward(*tensors, *spec, True, True)
+        _save(ctx, tensors, spec, (h, mean, rstd), ctx.needs_input_grad[2 : 2 + _DIFFERENTIABLE])
+        return z if spec.h_dtype is None else (z, h)
 
     @staticmethod
     def backward(ctx: Any, dz: Tensor | None, dh: Tensor | None = None) -> Any:
@@ -226,6 +223,13 @@ def layer_norm(*tensors: Tensor | None, spec: Spec, want_h: bool) -> tuple[Tenso
     if kernels is None:
         z, h, _, _ = ops.layer_norm_fwd(*tensors, *spec)
         return z, None if spec.h_dtype is None else h
+    return run_eagerly(kernels, *tensors, spec=spec, want_h=want_h)
+
+
+def run_eagerly(
+    kernels: ops.Kernels, *tensors: Tensor | None, spec: Spec, want_h: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Do what `layer_norm` does with plain tensors by the given kernels."""
     if torch.is_grad_enabled():
         for tensor in tensors:
             if tensor is not None and tensor.requires_grad:

@@ -166,6 +166,13 @@ def serves(backend: str, device: torch.device) -> bool:
     return _unfit(backend, device) is None
 
 
+def compiled_on_cpu(plain: bool) -> bool:
+    """Return whether `select` chooses the compiled kernels for a plain tensor on the CPU."""
+    if _requested is None:
+        return not plain and extension_missing() is None
+    return _requested == "cpu"
+
+
 def kernels(device: torch.device) -> str | None:
     """Return the name of the kernels that run on `device`: those requested, if they serve it."""
     if _requested in ("triton", "cuda") and serves(_requested, device):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import has_torch_function_variadic
 
-from fusednorm import autograd, backends, reference
+from fusednorm import autograd, backends, ops, reference
 from fusednorm.spec import Spec, compute_dtype
 from fusednorm.validation import (
     DTYPES,
@@ -26,6 +27,8 @@ from fusednorm.validation import (
 AUTOCAST_FLOAT32 = frozenset({"cuda", "xpu", "mps", "maia", "mtia"})
 # Since torch 2.12 it does the same to RMS norm.
 _AUTOCAST_RMS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 12)
+
+_EPS = {dtype: torch.finfo(dtype).eps for dtype in (torch.float32, torch.float64)}
 
 
 def layer_norm(
@@ -88,6 +91,8 @@ def layer_norm(
             return torch.layer_norm(input, normalized_shape, weight, bias, eps)
         except RuntimeError:
             pass  # the checks below say why
+    if done := _eagerly(input, None, normalized_shape, weight, bias, eps, False, rms=False):
+        return done[0]
     shape, eps = check_norm("layer_norm", input, normalized_shape, weight, bias, eps)
     return _norm("layer_norm", input, weight, bias, shape, eps, rms=False)
 
@@ -129,6 +134,8 @@ def rms_norm(
         tensor([[0.4000, 0.8000, 0.8000, 1.6000]])
     """
     eps = _default_eps(input) if eps is None else eps
+    if done := _eagerly(input, None, normalized_shape, weight, None, eps, False, rms=True):
+        return done[0]
     shape, eps = check_norm("rms_norm", input, normalized_shape, weight, None, eps)
     return _norm("rms_norm", input, weight, None, shape, eps, rms=True)
 
@@ -352,6 +359,17 @@ def _add_norm(
     want_h: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Check the arguments of an Add & Norm and run it; h is arbitrary where it is not wanted."""
+    if (
+        residual is not None
+        and gate is None
+        and scale is None
+        and shift is None
+        and residual_dtype is None
+        and (not training or (type(dropout_p) is float and dropout_p == 0.0))
+    ):
+        arguments = (input, residual, normalized_shape, weight, bias, eps, want_h)
+        if done := _eagerly(*arguments, rms=rms):
+            return done
     shape, eps = check_norm(op, input, normalized_shape, weight, bias, eps)
     check_residual(op, residual, input)
     check_residual_dtype(op, residual_dtype)
@@ -366,6 +384,35 @@ def _add_norm(
         h_dtype = None
     spec = Spec(shape, eps, rms, dropout_p, _output_dtype(input, rms), h_dtype, None)
     return _run(op, input, residual, gate, weight, bias, scale, shift, spec, want_h)
+
+
+def _eagerly(
+    input: Tensor,
+    residual: Tensor | None,
+    normalized_shape: int | Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    want_h: bool,
+    *,
+    rms: bool,
+) -> tuple[Tensor, Tensor] | None:
+    """Run a norm that needs no further check in the compiled kernels; return None for any other.
+
+    On a small tensor the checks in Python would take longer than all else.
+    """
+    if type(eps) is not float:
+        return None
+    shape: Any = (normalized_shape,) if type(normalized_shape) is int else normalized_shape
+    plain = not rms and residual is None
+    kernels = ops.eager_kernels(shape, input, residual, weight, bias, plain=plain)
+    if kernels is None:
+        return None
+    dtype = input.dtype
+    spec = Spec(shape, eps, rms, 0.0, dtype, None if residual is None else dtype, None)
+    tensors = (input, residual, None, weight, bias, None, None, None)
+    z, h = autograd.run_eagerly(kernels, *tensors, spec=spec, want_h=want_h)
+    return z, input if h is None else h
 
 
 def _run(
@@ -424,8 +471,7 @@ def _torch_norm(
 
 
 def _default_eps(*tensors: Tensor | None) -> float:
-    dtypes = (getattr(tensor, "dtype", None) for tensor in tensors)
-    return torch.finfo(compute_dtype(*dtypes)).eps
+    return _EPS[compute_dtype(*[getattr(tensor, "dtype", None) for tensor in tensors])]
 
 
 def _output_dtype(input: Tensor, rms: bool) -> torch.dtype:

@@ -64,6 +64,13 @@ def _cpu_kernels() -> Kernels:
 
 
 @cache
+def _is_plain() -> Callable[..., bool]:
+    from fusednorm import _C  # type: ignore[attr-defined]
+
+    return _C.is_plain  # type: ignore[no-any-return]
+
+
+@cache
 def _cuda_kernels() -> Kernels:
     from fusednorm import cuda
 
@@ -78,6 +85,26 @@ def kernels(device: torch.device) -> Kernels | None:
     if backend == "cpu":
         return _cpu_kernels()
     return None if backend is None else _TRITON_KERNELS
+
+
+def eager_kernels(
+    shape: object,
+    input: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    plain: bool,
+) -> Kernels | None:
+    """Return the kernels that may run on the arguments with no further check, if there are any.
+
+    That is where they are valid, plain tensors on the CPU and nothing looks at the operators.
+    """
+    if torch.compiler.is_compiling() or not backends.compiled_on_cpu(plain):
+        return None
+    if not _is_plain()(shape, input, residual, weight, bias):
+        return None
+    return _cpu_kernels()
 
 
 def _layer_norm_fwd(

@@ -1,0 +1,110 @@
+// The cheap part of validation: whether a call is one that needs no other part.
+#include "eager.h"
+
+#include "tensors.h"
+
+namespace fusednorm {
+namespace {
+
+// What tells a plain tensor in a plain call from others, looked up once.
+struct Eager {
+  Ref c{PyImport_ImportModule("torch._C")};
+  Ref forward_ad{PyImport_ImportModule("torch.autograd.forward_ad")};
+  Ref tensor = member(names().torch, "Tensor");
+  Ref parameter = member(member(names().torch, "nn"), "Parameter");
+  Ref strided = member(names().torch, "strided");
+  Ref transforms_active = member(c, "_are_functorch_transforms_active");
+  Ref modes = member(c, "_len_torch_dispatch_stack");
+  Ref is_wrapped = member(member(c, "_functorch"), "is_functorch_wrapped_tensor");
+  Ref level = interned("_current_level"), is_cpu = interned("is_cpu"),
+      is_nested = interned("is_nested"), layout = interned("layout");
+};
+
+const Eager& eager() {
+  static const Eager& eager = *new Eager;  // as names()
+  return eager;
+}
+
+template <class... Objects>
+Ref result(const Ref& function, Objects*... arguments) {
+  constexpr PyObject* end = nullptr;
+  return Ref(PyObject_CallFunctionObjArgs(function.get(), arguments..., end));
+}
+
+bool has(PyObject* object, const Ref& attribute) {
+  return flag(fusednorm::attribute(object, attribute.get()).get());
+}
+
+bool equal(PyObject* a, PyObject* b) {
+  const int result = PyObject_RichCompareBool(a, b, Py_EQ);
+  if (result < 0) throw Raised{};
+  return result != 0;
+}
+
+bool has_mode() {
+  const Eager& e = eager();
+  return flag(result(e.transforms_active).get()) || integer(result(e.modes).get()) > 0 ||
+         integer(attribute(e.forward_ad.get(), e.level.get()).get()) >= 0;
+}
+
+bool is_plain_tensor(PyObject* tensor) {
+  const Eager& e = eager();
+  PyObject* const type = reinterpret_cast<PyObject*>(Py_TYPE(tensor));
+  return (type == e.tensor.get() || type == e.parameter.get()) && has(tensor, e.is_cpu) &&
+         attribute(tensor, e.layout.get()).get() == e.strided.get() && !has(tensor, e.is_nested) &&
+         !flag(result(e.is_wrapped, tensor).get());
+}
+
+bool has_dtype(PyObject* tensor) {
+  const Ref dtype = attribute(tensor, names().dtype.get());
+  for (int i = 1; i < 5; ++i)
+    if (names().dtypes[i].get() == dtype.get()) return true;
+  return false;
+}
+
+// Whether `shape` is a tuple of ints, and the last dimensions of `sizes`.
+bool ends_with(PyObject* sizes, PyObject* shape) {
+  if (!PyTuple_CheckExact(shape)) return false;
+  const Py_ssize_t count = PyTuple_Size(shape), leading = PyTuple_Size(sizes) - count;
+  if (count == 0 || leading < 0) return false;
+  for (Py_ssize_t i = 0; i < count; ++i) {
+    PyObject* const size = PyTuple_GetItem(shape, i);
+    if (!PyLong_CheckExact(size) || !equal(size, PyTuple_GetItem(sizes, leading + i))) return false;
+  }
+  return true;
+}
+
+// is_plain(normalized_shape, input, residual, weight, bias)
+PyObject* is_plain(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  return call([&] {
+    PyObject *const shape = arguments[0], *const input = arguments[1],
+                    *const residual = arguments[2];
+    const auto accepted = [&] {
+      if (has_mode()) return false;
+      for (Py_ssize_t i = 1; i < count; ++i)
+        if (arguments[i] != Py_None && (!is_plain_tensor(arguments[i]) || !has_dtype(arguments[i])))
+          return false;
+      if (input == Py_None) return false;
+      const Ref sizes = attribute(input, names().shape.get());
+      if (!ends_with(sizes.get(), shape)) return false;
+      for (Py_ssize_t i = 2; i < count; ++i) {
+        if (arguments[i] == Py_None) continue;
+        const Ref own = attribute(arguments[i], names().shape.get());
+        if (!equal(own.get(), i == 2 ? sizes.get() : shape)) return false;
+      }
+      return residual == Py_None || dtype_of(residual) == dtype_of(input);
+    };
+    return PyBool_FromLong(accepted());
+  });
+}
+
+}  // namespace
+
+PyMethodDef eager_methods[] = {
+    {"is_plain", fast(is_plain), METH_FASTCALL,
+     "is_plain(normalized_shape, input, residual, weight, bias): whether all are valid, plain\n"
+     "tensors on the CPU, the residual of the input's dtype, and nothing looks at the operators."},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+}  // namespace fusednorm
