@@ -86,6 +86,9 @@ from test_terms import (
     test_unused_output,
     test_uses,
 )
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad as fwAD
 
 import fusednorm
 from fusednorm import backends
@@ -274,6 +277,105 @@ def test_threads_share_samples(kernels: torch.device, samples: int) -> None:
             torch.testing.assert_close(ours, alone, rtol=1e-4, atol=1e-3)
 
 
+# Calls that need no other check
+
+
+PLAIN = torch.randn(3, 8)
+
+
+class _Subclass(torch.Tensor):
+    pass
+
+
+def _outlived() -> torch.Tensor:
+    """Return a tensor that a transform has left behind."""
+    kept = []
+    torch.func.grad(lambda x: kept.append(x) or x.sum())(PLAIN)
+    return kept[0]
+
+
+def _is_plain(**changed: Any) -> bool:
+    arguments = {"shape": (8,), "input": PLAIN, "residual": None, "weight": None, "bias": None}
+    return _C.is_plain(*(arguments | changed).values())
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {},
+        {"shape": (3, 8)},
+        {"input": torch.randn(2, 0), "shape": (0,)},
+        {"residual": PLAIN.t().contiguous().t()},
+        {"weight": nn.Parameter(torch.ones(8)), "bias": torch.ones(8, dtype=torch.float64)},
+    ],
+    ids=str,
+)
+def test_plain_calls(changed: dict[str, Any]) -> None:
+    """What the general checks accept, for plain tensors."""
+    assert _is_plain(**changed)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"shape": [8]},
+        {"shape": ()},
+        {"shape": 8},
+        {"shape": (True,), "input": PLAIN[:, :1]},
+        {"shape": (2, 3, 8)},
+        {"shape": (7,)},
+        {"shape": (4, 8)},
+        {"shape": torch.Size([8])},
+        {"input": None},
+        {"input": 1.0},
+        {"input": PLAIN.int()},
+        {"input": PLAIN.cfloat()},
+        {"input": PLAIN.to("meta")},
+        {"input": PLAIN.to_sparse()},
+        {"input": PLAIN.as_subclass(_Subclass)},
+        {"input": _outlived()},
+        {"residual": PLAIN.double()},
+        {"residual": PLAIN[0]},
+        {"residual": PLAIN.to("meta")},
+        {"weight": torch.ones(7)},
+        {"weight": torch.ones(1, 8)},
+        {"weight": torch.ones(8, dtype=torch.int32)},
+        {"weight": torch.ones(8, device="meta")},
+        {"weight": [1.0] * 8},
+        {"bias": torch.ones(())},
+        {"bias": torch.ones(8).as_subclass(_Subclass)},
+    ],
+    ids=lambda changed: ", ".join(f"{name} {str(value)[:30]}" for name, value in changed.items()),
+)
+def test_calls_that_are_not_plain(changed: dict[str, Any]) -> None:
+    """The general checks take them, and say what is wrong or choose another way."""
+    assert not _is_plain(**changed)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_tensors_are_not_plain() -> None:
+    """Those of strided layout are of no class of their own."""
+    assert not _is_plain(input=torch.nested.nested_tensor([PLAIN, PLAIN]))
+
+
+def test_nothing_is_plain_under_a_mode_or_a_transform() -> None:
+    """Something looks at the operators then."""
+    seen = []
+
+    def look(x: torch.Tensor) -> torch.Tensor:
+        seen.append(_is_plain())
+        return x.sum()
+
+    torch.func.grad(look)(PLAIN)
+    torch.func.vmap(look)(PLAIN)
+    with fwAD.dual_level():
+        look(PLAIN)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        seen.append(_is_plain())
+    assert seen == [False] * 4
+    assert _is_plain()
+
+
 # The extension itself
 
 
@@ -300,8 +402,7 @@ def test_only_the_limited_api_of_python_is_used() -> None:
     used = {name for name in _symbols("-D", "--undefined-only") if "Py" in name}
     assert used - {"PyLong_FromLongLong"} == {  # that one only with the CUDA kernels
         "PyArg_ParseTuple",
-        "PyDict_New",
-        "PyDict_SetItemString",
+        "PyBool_FromLong",
         "PyErr_Format",
         "PyErr_Occurred",
         "PyErr_SetString",
@@ -314,6 +415,7 @@ def test_only_the_limited_api_of_python_is_used() -> None:
         "PyImport_ImportModule",
         "PyLong_AsLongLong",
         "PyLong_AsVoidPtr",
+        "PyLong_Type",
         "PyModule_AddFunctions",
         "PyModule_Create2",
         "PyObject_Call",
@@ -322,10 +424,12 @@ def test_only_the_limited_api_of_python_is_used() -> None:
         "PyObject_GetAttr",
         "PyObject_GetAttrString",
         "PyObject_IsTrue",
+        "PyObject_RichCompareBool",
         "PySequence_GetItem",
         "PyTuple_GetItem",
         "PyTuple_Pack",
         "PyTuple_Size",
+        "PyTuple_Type",
         "PyUnicode_FromString",
         "PyUnicode_InternFromString",
         "Py_BuildValue",
