@@ -1,11 +1,13 @@
 """The CPU kernels against torch's operators, forward and backward, interleaved in one process.
 
     python bench/cpu_speed.py --threads 1 > bench/results/cpu_speed.txt
+    python bench/cpu_speed.py --operators --threads 2 > bench/results/cpu_operators_2_threads.txt
     python bench/cpu_speed.py --uses --threads 1 > bench/results/cpu_uses.txt
 
-The second is what `backends` chooses by: every use of the equation on few rows and on many, with
-the kernels and with torch. One thread is timed by processor time, which other work on the machine
-disturbs least, more by wall clock.
+The second calls torch's operators and the launchers themselves, without autograd. The third is what
+`backends` chooses by: every use of the equation on few rows and on many, with the kernels and with
+torch. One thread is timed by processor time, which other work on the machine disturbs least, more
+by wall clock.
 """
 
 from __future__ import annotations
@@ -23,6 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fusednorm
+from fusednorm import ops
+from fusednorm.spec import Spec
 
 SHAPES = (
     *((64, 768), (512, 768), (2048, 768), (4096, 1024)),
@@ -61,6 +65,58 @@ def add_norm_steps(rows: int, cols: int, dtype: torch.dtype) -> Steps:
         return torch.autograd.grad(outputs, inputs, (dz, dh))
 
     return unfused, fused
+
+
+def norm_operators(rows: int, cols: int, dtype: torch.dtype) -> Steps:
+    """Return the two operators that torch has for layer norm, and the two launchers."""
+    x, weight, bias, dy = _tensors(dtype, (rows, cols), (cols,), (cols,), (rows, cols))
+    return _torch_operators(x, None, weight, bias, dy), _launchers(x, None, weight, bias, dy)
+
+
+def add_norm_operators(rows: int, cols: int, dtype: torch.dtype) -> Steps:
+    """Return the same with a residual stream: torch's operators and its additions."""
+    sizes = ((rows, cols), (rows, cols), (cols,), (cols,), (rows, cols))
+    tensors = _tensors(dtype, *sizes)
+    return _torch_operators(*tensors), _launchers(*tensors)
+
+
+def _torch_operators(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, dz: Tensor
+) -> Step:
+    shape = weight.shape
+
+    @torch.no_grad()
+    def step() -> object:
+        h = x if residual is None else residual + x
+        _, mean, rstd = torch.native_layer_norm(h, shape, weight, bias, 1e-5)
+        backward = torch.ops.aten.native_layer_norm_backward
+        dx, *others = backward(dz, h, shape, mean, rstd, weight, bias, [True] * 3)
+        return (dx if residual is None else dx + dz), others
+
+    return step
+
+
+def _launchers(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, dz: Tensor
+) -> Step:
+    kernels = ops.kernels(x.device)
+    assert kernels is not None
+    dtype, parameters = x.dtype, (None, weight, bias, None, None, None)
+    dh, h_dtype = (None, None) if residual is None else (dz, dtype)
+    spec = Spec(tuple(weight.shape), 1e-5, False, 0.0, dtype, h_dtype, None)
+    wanted = (True, False, False, True, True, False, False)
+
+    @torch.no_grad()
+    def step() -> object:
+        _, h, mean, rstd = kernels.forward(x, residual, *parameters, *spec, True, True)
+        tensors = (dz, dh, None, x if h is None else h, mean, rstd, *parameters)
+        return kernels.backward(*tensors, spec[0], 0.0, dtype, dtype, None, wanted)
+
+    return step
+
+
+THROUGH_AUTOGRAD = (norm_steps, add_norm_steps)
+OPERATORS = (norm_operators, add_norm_operators)
 
 
 def uses(rows: int, cols: int, dtype: torch.dtype) -> dict[str, Steps]:
@@ -148,6 +204,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--operators", action="store_true", help="without autograd")
     parser.add_argument("--uses", action="store_true", help="every use, on some shapes")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -159,7 +216,8 @@ def main() -> None:
                 for name, steps in uses(rows, cols, dtype).items():
                     show(name, dtype, f"{rows} x {cols}", *compare(steps, arguments.rounds))
             continue
-        for name, make in (("layer norm", norm_steps), ("add & norm", add_norm_steps)):
+        makers = OPERATORS if arguments.operators else THROUGH_AUTOGRAD
+        for name, make in zip(("layer norm", "add & norm"), makers, strict=True):
             ratios = []
             for rows, cols in SHAPES:
                 with fusednorm.backends.use("cpu"):
