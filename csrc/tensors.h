@@ -109,7 +109,9 @@ struct Names {
 };
 
 inline const Names& names() {
-  static const Names& names = *new Names;  // never deleted: Python ends before statics do
+  // Never deleted: Python ends before statics do. No Python code runs here, so the lock of the
+  // interpreter is held throughout.
+  static const Names& names = *new Names;
   return names;
 }
 

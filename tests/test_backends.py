@@ -34,6 +34,7 @@ CACHES = (
     *(backends._triton_missing, backends._interpreted, backends._triton_unfit),
     *(backends.extension_missing, backends.cuda_missing),
 )
+OF_OTHER_DEVICES = "cuda" if INTERPRETED else "cpu"
 needs_extension = pytest.mark.skipif("cpu" not in INSTALLED, reason=NOT_BUILT)
 
 
@@ -267,7 +268,7 @@ def test_extension_that_does_not_load(detection: pytest.MonkeyPatch, tmp_path: P
 # Requests
 
 
-@pytest.mark.parametrize("backend", [name for name in INSTALLED if name != "cpu" or INTERPRETED])
+@pytest.mark.parametrize("backend", [name for name in INSTALLED if name != OF_OTHER_DEVICES])
 def test_a_request_is_in_force_inside_the_block_only(device: torch.device, backend: str) -> None:
     """Before and after, the choice is automatic."""
     x = torch.empty(2, 8, device=device)
