@@ -168,9 +168,8 @@ def serves(backend: str, device: torch.device) -> bool:
 
 def compiled_on_cpu(plain: bool) -> bool:
     """Return whether `select` chooses the compiled kernels for a plain tensor on the CPU."""
-    if _requested is None:
-        return not plain and extension_missing() is None
-    return _requested == "cpu"
+    wanted = not plain if _requested is None else _requested == "cpu"
+    return wanted and extension_missing() is None
 
 
 def kernels(device: torch.device) -> str | None:

@@ -104,6 +104,25 @@ def _without_extension(detection: pytest.MonkeyPatch) -> None:
     )
 
 
+def test_a_request_by_the_environment_for_what_was_not_built(
+    detection: pytest.MonkeyPatch,
+) -> None:
+    """Every call says so."""
+    _without_extension(detection)
+    detection.setattr(backends, "_requested", "cpu")
+    detection.setattr(backends, "_requested_by", "FUSEDNORM_BACKEND")
+    x = torch.randn(2, 8)
+    for norm in (
+        lambda: fusednorm.layer_norm(x, 8),
+        lambda: fusednorm.rms_norm(x, 8),
+        lambda: fusednorm.add_layer_norm(x, x, 8),
+    ):
+        with pytest.raises(
+            ValueError, match=f"FUSEDNORM_BACKEND: expected.*{re.escape(NOT_BUILT)}"
+        ):
+            norm()
+
+
 def test_auto_on_the_cpu_without_the_extension(detection: pytest.MonkeyPatch) -> None:
     """Torch's operator runs all the same, and a request says what is missing."""
     _without_extension(detection)
