@@ -237,23 +237,20 @@ def explain(tensor: Tensor, *, plain: bool = True) -> Choice:
         fail("explain", "a Tensor", type(tensor).__name__, TypeError)
     if _requested is None:
         return _automatic(tensor, plain)
-    return Choice(_request_for(tensor.device), f"requested by {_requested_by}")
+    return Choice(_serving(_requested, tensor.device), f"requested by {_requested_by}")
 
 
-def _request_for(device: torch.device) -> str:
+def _serving(requested: str, device: torch.device) -> str:
     """Return the name of the requested backend, which has to serve `device`."""
-    assert _requested is not None
-    if (unfit := _unfit(_requested, device)) is not None:
-        fail(
-            _requested_by, f"tensors that the {_requested} backend can serve", f"{device}: {unfit}"
-        )
-    return _requested
+    if (unfit := _unfit(requested, device)) is not None:
+        fail(_requested_by, f"tensors that the {requested} backend can serve", f"{device}: {unfit}")
+    return requested
 
 
 def select(tensor: Tensor, *, plain: bool = True) -> str:
     """Return the name of the implementation for `tensor`, with `explain`'s errors."""
     if _requested is not None:
-        return _request_for(tensor.device)
+        return _serving(_requested, tensor.device)
     if tensor.is_cpu:
         return "torch" if plain else _automatic_on_cpu(tensor, plain).backend
     if not serves("triton", tensor.device) or _is_wrapper(tensor):
