@@ -360,8 +360,7 @@ def _add_norm(
 ) -> tuple[Tensor, Tensor]:
     """Check the arguments of an Add & Norm and run it; h is arbitrary where it is not wanted."""
     if (
-        residual is not None
-        and gate is None
+        gate is None
         and scale is None
         and shift is None
         and residual_dtype is None
