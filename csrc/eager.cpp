@@ -56,10 +56,8 @@ bool is_plain_tensor(PyObject* tensor) {
 }
 
 bool has_dtype(PyObject* tensor) {
-  const Ref dtype = attribute(tensor, names().dtype.get());
-  for (int i = 1; i < 5; ++i)
-    if (names().dtypes[i].get() == dtype.get()) return true;
-  return false;
+  DType dtype;
+  return is_dtype(attribute(tensor, names().dtype.get()).get(), dtype);
 }
 
 // Whether `shape` is a tuple of ints, and the last dimensions of `sizes`.

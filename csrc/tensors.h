@@ -115,9 +115,19 @@ inline const Names& names() {
   return names;
 }
 
-inline DType dtype(PyObject* object) {
+// Whether it is None or a dtype that the kernels have; `dtype` is set where it is.
+inline bool is_dtype(PyObject* object, DType& dtype) {
   for (int i = 0; i < 5; ++i)
-    if (names().dtypes[i].get() == object) return DType(i);
+    if (names().dtypes[i].get() == object) {
+      dtype = DType(i);
+      return true;
+    }
+  return false;
+}
+
+inline DType dtype(PyObject* object) {
+  DType dtype;
+  if (is_dtype(object, dtype)) return dtype;
   PyErr_SetString(PyExc_TypeError, "fusednorm: a dtype that the kernels do not have");
   throw Raised{};
 }
@@ -198,6 +208,12 @@ class Layout {
     return {address(tensor), distance, dtype_of(tensor)};
   }
 
+  // Rows that have just been allocated, or none.
+  Rows fresh(const Ref& tensor, DType dtype) const {
+    if (!tensor) return {};
+    return {address(tensor.get()), cols_, dtype};
+  }
+
   // A weight or a bias.
   Term vector(PyObject* tensor) {
     if (tensor == Py_None) return {};
@@ -274,8 +290,8 @@ class ForwardCall {
     p.shift = layout_.term(arguments[6]);
     p.x = layout_.rows(x);
     p.residual = layout_.rows(residual);
-    p.z = fresh(z_, out_dtype);
-    p.h = fresh(h_, p.h_dtype);
+    p.z = layout_.fresh(z_, out_dtype);
+    p.h = layout_.fresh(h_, p.h_dtype);
     if (mean_) p.mean = address(mean_.get());
     if (rstd_) p.rstd = address(rstd_.get());
   }
@@ -286,11 +302,6 @@ class ForwardCall {
   Forward p;
 
  private:
-  Rows fresh(const Ref& tensor, DType dtype) const {
-    if (!tensor) return {};
-    return {address(tensor.get()), layout_.cols(), dtype};
-  }
-
   Layout layout_;
   Ref z_, h_, mean_, rstd_;
 };
@@ -316,8 +327,8 @@ class BackwardCall {
     p.h = layout_.rows(h);
     p.mean = address(mean);
     p.rstd = address(rstd);
-    if (gradients_[0]) p.dx = layout_.rows(gradients_[0].get());
-    if (gradients_[1]) p.dresidual = layout_.rows(gradients_[1].get());
+    p.dx = layout_.fresh(gradients_[0], dtype(arguments[14]));
+    p.dresidual = layout_.fresh(gradients_[1], dtype(arguments[15]));
     if (gradients_[2]) p.x = layout_.rows(x);
   }
 
