@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from fusednorm import modules
-from fusednorm.functional import _norm
+from fusednorm import functional, modules
 from fusednorm.modules import LayerNorm, RMSNorm
+from fusednorm.spec import Operands
 from fusednorm.validation import check_norm, fail
 
 REPLACEMENTS: dict[type[nn.Module], type[nn.Module]] = {
@@ -308,7 +308,8 @@ class SwappedRMSNorm(nn.Module):
         eps = getattr(self, self._fusednorm_swap.epsilon)
         shape, eps = check_norm("rms_norm", x, tuple(w.shape), w, None, eps)
         weight, scale, x_hat_dtype = self.terms(w, x.dtype)
-        return _norm("rms_norm", x, weight, None, shape, eps, scale, None, x_hat_dtype, rms=True)
+        operands = Operands(x, weight=weight, scale=scale)
+        return functional.norm("rms_norm", operands, shape, eps, x_hat_dtype, rms=True)
 
     def _serves(self, x: Tensor, weight: Tensor) -> bool:
         if (x.dtype, weight.dtype) not in self.mixes or x.shape[-1:] != weight.shape:

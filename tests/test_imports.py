@@ -21,13 +21,15 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("bench", "examples"),
     ("fusednorm", "fusednorm.__main__"),
     ("fusednorm.functional", "fusednorm.modules", "fusednorm.replace"),
+    ("fusednorm.route",),
     ("fusednorm.autograd",),
     ("fusednorm.ops", "fusednorm.backends"),
     ("fusednorm.triton_kernels", "fusednorm.cuda", "fusednorm.csrc", "fusednorm.reference"),
-    ("fusednorm.validation", "fusednorm.spec", "fusednorm._version", "fusednorm._C"),
+    ("fusednorm.validation", "fusednorm.spec"),
+    ("fusednorm.observers", "fusednorm._version", "fusednorm._C"),
 )
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
-IMPLEMENTATIONS = frozenset(FLOORS[-2])
+IMPLEMENTATIONS = frozenset(FLOORS[-3])
 LEAVES = frozenset(FLOORS[-1])
 # What looks behind the public API: at the code of the kernels, and at their launchers.
 BEHIND_THE_API = frozenset({"bench.codegen", "bench.cpu_speed"})
@@ -208,7 +210,8 @@ CLEAN = {
     "def f():\n    from fusednorm.triton_kernels.forward import g",
     "fusednorm/backends.py": "def f():\n    import triton",
     "fusednorm/reference.py": "import torch",
-    "fusednorm/validation.py": "import torch",
+    "fusednorm/validation.py": "from fusednorm.observers import shape_of",
+    "fusednorm/observers.py": "import torch",
     "triton_kernels/__init__.py": "",
     "triton_kernels/config.py": "import math",
     "triton_kernels/forward.py": "import triton\nfrom . import launch\nfrom .config import c",
@@ -251,8 +254,9 @@ PLANTED = [
         "from fusednorm import reference",
         "implementations never import one another",
     ),
-    ("fusednorm/validation.py", "from fusednorm import _version", "a leaf imports nothing"),
-    ("fusednorm/validation.py", "from fusednorm import reference", "a leaf imports nothing"),
+    ("fusednorm/validation.py", "from fusednorm import reference", UP),
+    ("fusednorm/observers.py", "from fusednorm import _version", "a leaf imports nothing"),
+    ("fusednorm/observers.py", "from fusednorm import validation", "a leaf imports nothing"),
     ("fusednorm/autograd.py", "import fusednorm", "does not import the package"),
     ("fusednorm/autograd.py", "from fusednorm import layer_norm", "does not import the package"),
     ("fusednorm/backends.py", "import triton", INSIDE),
