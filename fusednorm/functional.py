@@ -334,9 +334,11 @@ def _norm(
     x_hat_dtype: torch.dtype | None = None,
     *,
     rms: bool,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Run a norm of `input` itself, whose arguments have been checked."""
-    spec = Spec(shape, eps, rms, 0.0, _output_dtype(input, rms), None, x_hat_dtype)
+    out_dtype = _output_dtype(input, rms) if out_dtype is None else out_dtype
+    spec = Spec(shape, eps, rms, 0.0, out_dtype, None, x_hat_dtype)
     return _run(op, input, None, None, weight, bias, scale, shift, spec, want_h=False)[0]
 
 
