@@ -3,15 +3,16 @@
 A swap assigns the module's `__class__`. The module stays the same object with all that hangs on
 it (parameters, hooks, flags, attributes, every reference to it, the optimizer's state): nothing is
 copied, so nothing can be forgotten. Of torch's norms only the exact classes of `REPLACEMENTS` are
-swapped, because the assignment takes away what a subclass defines. The RMS norms that models bring
-along get a subclass of their own class, with the forward of one of `ARITHMETICS`.
+swapped so, because the assignment takes away what a subclass defines. All other norms get a
+subclass of their own class, with a forward that runs fused what `arithmetic` has compared.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from types import MethodType
 from typing import Any, TypeAlias
 
 from torch import nn
@@ -26,6 +27,14 @@ REPLACEMENTS: dict[type[nn.Module], type[nn.Module]] = {
     nn.LayerNorm: LayerNorm,
     nn.RMSNorm: RMSNorm,
 }
+
+# Over a batch, over channels, or over groups of both: no norm of a row.
+_OTHER_NORMS = (
+    nn.modules.batchnorm._NormBase,
+    nn.GroupNorm,
+    nn.LocalResponseNorm,
+    nn.CrossMapLRN2d,
+)
 
 Selection: TypeAlias = str | Iterable[str] | Callable[[str, nn.Module], bool]
 _Norms: TypeAlias = dict[nn.Module, list[str]]
@@ -44,19 +53,26 @@ class Report:
 
     Attributes:
         swapped: the names of the norms whose class was changed.
-        left: the name of every other norm, with the reason.
+        left: the name of every other module that normalises, with the reason.
+        served: for each swapped norm that is not torch's own, the dtypes of input and weight that
+            run fused. All else stays with the norm's own forward.
     """
 
     swapped: tuple[str, ...]
     left: tuple[tuple[str, str], ...]
+    served: tuple[tuple[str, str], ...] = field(default=(), compare=False)
 
     def __str__(self) -> str:
         """One line with the counts, then one for each name."""
-        rows = [(name or "(root)", "swapped") for name in self.swapped]
-        rows += [(name or "(root)", f"left: {reason}") for name, reason in self.left]
-        width = max((len(name) for name, _ in rows), default=0)
+        served = dict(self.served)
+        rows = [
+            (name, f"swapped for {served[name]}" if name in served else "swapped")
+            for name in self.swapped
+        ]
+        rows += [(name, f"left: {reason}") for name, reason in self.left]
+        width = max((len(name or "(root)") for name, _ in rows), default=0)
         counts = f"{len(self.swapped)} swapped, {len(self.left)} left"
-        return "\n".join([counts, *(f"  {name:{width}}  {fate}" for name, fate in rows)])
+        return "\n".join([counts, *(f"  {name or '(root)':{width}}  {fate}" for name, fate in rows)])
 
 
 def replace_norms(
@@ -64,25 +80,26 @@ def replace_norms(
 ) -> Report:
     """Swap the norms of `model` for fused ones, in place.
 
-    `nn.LayerNorm` becomes `fusednorm.LayerNorm` and `nn.RMSNorm` becomes `fusednorm.RMSNorm`. An
-    RMS norm of the model's own (`LlamaRMSNorm`, `GemmaRMSNorm`, `T5LayerNorm`: any class named
-    `...RMSNorm` or `...LayerNorm` that holds a weight of one dimension, `variance_epsilon` or `eps`
-    and nothing else) becomes a subclass of its class with a fused forward. What it computes is
-    not guessed from its name: its forward is run on a few rows on the CPU, and compared. For
-    inputs that the comparison does not cover its own forward stays in charge: dtypes other than
-    float16, bfloat16 and float32; an input of another dtype than the weight if x_hat is cast before
-    it is multiplied by the weight, as Llama does; half precision under autocast.
+    `nn.LayerNorm` becomes `fusednorm.LayerNorm` and `nn.RMSNorm` becomes `fusednorm.RMSNorm`. Any
+    other norm over the last dimension (`LlamaRMSNorm`, `GemmaRMSNorm`, `T5LayerNorm`, a subclass of
+    `nn.LayerNorm`) becomes a subclass of its class with a fused forward, if its forward takes the
+    input alone and it holds at most a weight [N], a bias [N] and an epsilon. What it computes is not
+    guessed from its name: its forward is run on the CPU on all that it may branch on, and compared.
+    For what the comparison does not cover, or covers with another result, its own forward stays in
+    charge: other dtypes, inputs of more than four dimensions, an attribute that has changed since,
+    an autocast that changes what it computes.
 
     Only a module's class changes: it stays the same object, with its parameters, buffers, hooks
     and attributes; tied modules stay tied, and an optimizer made before keeps working. What
     `torch.compile` made from the model notices at its next call, and compiles again. Calling it
     twice is harmless.
 
-    These are left as they are, with the reason in the report: subclasses of `nn.LayerNorm` and
-    `nn.RMSNorm` (let them inherit from fusednorm's instead), norms with parametrizations or with a
-    `forward` of somebody else's, and other modules named `...LayerNorm` or `...RMSNorm` whose
-    arithmetic fusednorm does not have. Call it before tools that change a module's class
-    themselves, like `fully_shard` or `register_parametrization`.
+    The report names every module whose class says that it is a norm, batch, group and instance
+    norms of torch excepted. Those are left, with the reason, whose arithmetic fusednorm does not
+    have, or that have parametrizations or a `forward` of somebody else's. A hook that keeps the
+    forward that it stands for in an attribute, as accelerate's do, is no obstacle. Call it before
+    tools that change a module's class themselves, like `fully_shard` or
+    `register_parametrization`.
 
     Args:
         model: the model, or a norm itself.
@@ -113,7 +130,10 @@ def replace_norms(
     probed: Probed = {}
 
     def fate(norm: nn.Module) -> type[nn.Module] | str:
-        replacement = _replacement(norm, probed)
+        try:
+            replacement = _replacement(norm, probed)
+        except Exception as error:  # of code that is not ours
+            return f"{_name(type(norm))}: {type(error).__name__} when it was looked at: {error}"
         if isinstance(replacement, str):
             return replacement
         if norm in excluded:
@@ -123,8 +143,11 @@ def replace_norms(
     fates = {norm: fate(norm) for norm in norms}
     for norm, replacement in fates.items():
         if not isinstance(replacement, str):
-            norm.__dict__[_ORIGINAL] = type(norm)
-            norm.__class__ = replacement
+            original = type(norm)
+            fates[norm] = _assign(norm, replacement)
+            if fates[norm] is replacement:
+                norm.__dict__[_ORIGINAL] = original
+    _name_parts(fates)
     return _report(norms, fates)
 
 
@@ -156,9 +179,35 @@ def restore_norms(model: nn.Module) -> Report:
     fates = {norm: _restored(norm) for norm in norms}
     for norm, original in fates.items():
         if not isinstance(original, str):
-            norm.__class__ = original
-            del norm.__dict__[_ORIGINAL]
+            fates[norm] = _assign(norm, original)
+            if fates[norm] is original:
+                del norm.__dict__[_ORIGINAL]
     return _report(norms, fates)
+
+
+def _assign(norm: nn.Module, cls: type[nn.Module]) -> type[nn.Module] | str:
+    """Give a norm another class; return it, or the reason why it does not take it."""
+    saved = _saved_forwards(norm)
+    try:
+        norm.__class__ = cls
+    except Exception as error:
+        return f"{_name(type(norm))}: its class cannot be changed: {error}"
+    for name in saved:
+        norm.__dict__[name] = MethodType(cls.forward, norm)
+    return cls
+
+
+def _saved_forwards(norm: nn.Module) -> list[str]:
+    """Return the attributes in which hooks keep the forward that they stand for.
+
+    Whoever calls such a bound method would go on with the class that the norm had.
+    """
+    forward = getattr(type(norm), "forward", None)
+    return [
+        name
+        for name, value in vars(norm).items()
+        if isinstance(value, MethodType) and value.__self__ is norm and value.__func__ is forward
+    ]
 
 
 def _norms(operation: str, model: nn.Module) -> _Norms:
@@ -174,9 +223,14 @@ def _norms(operation: str, model: nn.Module) -> _Norms:
 
 def _is_norm(module: nn.Module) -> bool:
     """Whether somebody who reads the report would look for this module in it."""
-    # TorchScript keeps the name of the class it compiled.
-    name = str(getattr(module, "original_name", type(module).__name__))
-    return isinstance(module, tuple(REPLACEMENTS)) or name.endswith(("LayerNorm", "RMSNorm"))
+    if isinstance(module, _OTHER_NORMS) or type(module).__module__.startswith("torch.nn.utils."):
+        return False
+    # TorchScript keeps the name of the class it compiled. An attribute may be anybody's code.
+    try:
+        name = str(getattr(module, "original_name", type(module).__name__))
+    except Exception:
+        name = type(module).__name__
+    return isinstance(module, tuple(REPLACEMENTS)) or "norm" in name.lower()
 
 
 def _selected(argument: str, selection: Selection, norms: _Norms) -> set[nn.Module]:
@@ -210,10 +264,12 @@ def _globs(argument: str, selection: Selection) -> tuple[str, ...]:
 def _replacement(norm: nn.Module, probed: Probed) -> type[nn.Module] | str:
     """Return the class that `norm` is to get, or the reason why it gets none."""
     cls = type(norm)
-    if "forward" in norm.__dict__:
-        return "its forward was replaced on the instance"
+    if "forward" in norm.__dict__ and not _saved_forwards(norm):
+        return "its forward was replaced on the instance: swap it before that"
+    if any(base.__name__ == "FSDPModule" for base in cls.__mro__):
+        return "sharded: swap it before fully_shard"
     forward: Any = getattr(cls, "forward", None)  # a scripted module has none on its class
-    if forward and forward.__module__ == modules.__name__:
+    if getattr(forward, "__module__", None) == modules.__name__:
         return f"already fusednorm.{forward.__qualname__.partition('.')[0]}"
     if isinstance(norm, SwappedNorm):
         return "already swapped"
@@ -235,15 +291,28 @@ def _restored(norm: nn.Module) -> type[nn.Module] | str:
     cls = type(norm)
     if cls is not REPLACEMENTS.get(original) and "_fusednorm_swap" not in vars(cls):
         return f"its class was changed since, to {cls.__qualname__}"
+    if "forward" in norm.__dict__ and not _saved_forwards(norm):
+        return "its forward was replaced on the instance since: undo that first"
     return original
+
+
+def _name_parts(fates: dict[nn.Module, type[nn.Module] | str]) -> None:
+    """Say of a module that was left what became of the norms within it."""
+    for norm, reason in fates.items():
+        parts = [fates[part] for part in norm.modules() if part is not norm and part in fates]
+        if parts and isinstance(reason, str):
+            swapped = sum(not isinstance(part, str) for part in parts)
+            fates[norm] = f"{reason}; of the norms within it {swapped} of {len(parts)} are swapped"
 
 
 def _report(norms: _Norms, fates: dict[nn.Module, type[nn.Module] | str]) -> Report:
     """List what became of each norm: a class that it got, or a reason."""
     named = [(name, fates[norm]) for norm, names in norms.items() for name in names]
+    swaps = [(name, getattr(fate, "_fusednorm_swap", None)) for name, fate in named]
     return Report(
         swapped=tuple(name for name, fate in named if not isinstance(fate, str)),
         left=tuple((name, fate) for name, fate in named if isinstance(fate, str)),
+        served=tuple((name, swap.describe()) for name, swap in swaps if swap is not None),
     )
 
 
