@@ -355,9 +355,11 @@ def norm(
     x_hat_dtype: torch.dtype | None = None,
     *,
     rms: bool = False,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Run a norm of x itself, whose arguments have been checked; return z."""
-    spec = Spec(shape, eps, rms, 0.0, _output_dtype(operands.x, rms), None, x_hat_dtype)
+    out_dtype = _output_dtype(operands.x, rms) if out_dtype is None else out_dtype
+    spec = Spec(shape, eps, rms, 0.0, out_dtype, None, x_hat_dtype)
     return route.run(Call(op, operands, spec, want_h=False))[0]
 
 

@@ -19,8 +19,8 @@ PUBLIC = frozenset(fusednorm.__all__)
 # From top to bottom. A module may import what stands on its own line or below it.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("bench", "examples"),
-    ("fusednorm", "fusednorm.__main__"),
-    ("fusednorm.functional", "fusednorm.modules", "fusednorm.replace"),
+    ("fusednorm", "fusednorm.__main__", "fusednorm.coverage"),
+    ("fusednorm.functional", "fusednorm.modules", "fusednorm.replace", "fusednorm.arithmetic"),
     ("fusednorm.route",),
     ("fusednorm.autograd",),
     ("fusednorm.ops", "fusednorm.backends"),
