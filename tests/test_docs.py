@@ -1,4 +1,4 @@
-"""The pages say what is so: their sessions run, their figures are those of the committed results."""
+"""The pages say what is so: their sessions run, their figures are those of committed results."""
 
 from __future__ import annotations
 
