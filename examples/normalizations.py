@@ -2,9 +2,7 @@
 
 (a) accuracy by batch size, (b) padded sequences of different lengths, (c) depth, (d) inputs that
 are shifted and rescaled after training, (e) features of very different scale. All data are drawn
-here; every number is a mean over seeds, with the distance from the lowest to the highest.
-
-    python examples/normalizations.py --folder .
+here. Every number is a mean over seeds, ± half of the distance from the lowest to the highest.
 """
 
 from __future__ import annotations
@@ -35,17 +33,13 @@ NORMS: dict[str, Callable[[int], nn.Module]] = {
     "batch norm": nn.BatchNorm1d,
     "none": lambda width: nn.Identity(),
 }
-BATCH_SIZES = (1, 2, 4, 8, 32, 128)
-DEPTHS = (2, 4, 8, 16, 32)
 CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
     "as in training": lambda x: x,
     "all + 3": lambda x: x + 3,
     "all x 10": lambda x: 10 * x,
     "all x 0.1": lambda x: 0.1 * x,
-    "one feature + 10": lambda x: torch.cat([x[..., :1] + 10, x[..., 1:]], -1),
+    "first feature + 10": lambda x: torch.cat([x[:, :1] + 10, x[:, 1:]], 1),
 }
-SPREADS = (1, 10, 100, 1000)
-LENGTHS = (2, 32)  # of the shortest and the longest sequence
 
 
 class Result(NamedTuple):
@@ -65,12 +59,13 @@ class Task:
         self.generator = torch.Generator().manual_seed(1000 + seed)
         self.centres = 1.2 * torch.randn(CLASSES, 4, FEATURES, generator=self.generator)
 
-    def draw(self, size: int, length: int = 1, noise: float = 1.0) -> tuple[Tensor, Tensor]:
-        """Return points [size, length, FEATURES], all of a row of one class, and the classes."""
+    def draw(self, size: int, *length: int, noise: float = 1.0) -> tuple[Tensor, Tensor]:
+        """Return points [size, *length, FEATURES], those of a row of one class, and the classes."""
         labels = torch.randint(CLASSES, (size,), generator=self.generator)
-        centre = torch.randint(4, (size, length), generator=self.generator)
-        spread = torch.randn(size, length, FEATURES, generator=self.generator)
-        return self.centres[labels[:, None], centre] + noise * spread, labels
+        centre = torch.randint(4, (size, *length), generator=self.generator)
+        spread = torch.randn(size, *length, FEATURES, generator=self.generator)
+        of_centre = labels.view(-1, *(1 for _ in length)).expand_as(centre)
+        return self.centres[of_centre, centre] + noise * spread, labels
 
 
 class Net(nn.Sequential):
@@ -84,130 +79,116 @@ class Net(nn.Sequential):
         super().__init__(*blocks, nn.Linear(WIDTH, CLASSES))
 
 
-def train(model: nn.Module, draw: Callable[[], tuple[Tensor, Tensor]], steps: int, lr: float) -> None:
-    optimizer = torch.optim.Adam(model.parameters(), lr)
-    for _ in range(steps):
-        x, labels = draw()
+def train(
+    model: nn.Module, draw: Callable[[int], tuple[Tensor, Tensor]], samples: int, batch: int = 32
+) -> nn.Module:
+    """Train on as many samples for each batch size, with a rate that suits it; return the model."""
+    optimizer = torch.optim.Adam(model.parameters(), 2e-3 * (batch / 32) ** 0.5)
+    for _ in range(max(1, samples // batch)):
+        x, labels = draw(batch)
         optimizer.zero_grad()
         cross_entropy(model(x), labels).backward()
         optimizer.step()
+    return model
 
 
 @torch.no_grad()
 def percent(model: nn.Module, x: Tensor, labels: Tensor) -> float:
     """Return how many of a hundred classes the model gets right."""
-    return 100 * (model(x).argmax(-1) == labels).double().mean().item()
-
-
-# The parts: each yields condition and value ------------------------------------------------------
+    return 100 * float((model(x).argmax(-1) == labels).double().mean())
 
 
 def batch_sizes(norm: str, seed: int, samples: int) -> Iterator[tuple[str, float]]:
-    """As many samples for each batch size, so small batches take more and smaller steps."""
-    for size in BATCH_SIZES:
+    """Small batches take more and smaller steps."""
+    for size in (1, 2, 4, 8, 32, 128):
         task, model = Task(seed), Net(norm)
         try:
-            draw = lambda task=task, size=size: flat(task.draw(size))  # noqa: E731
-            train(model, draw, max(1, samples // size), 1e-3 * (size / 8) ** 0.5)
+            train(model, task.draw, samples, size)
         except ValueError:  # batch norm: "Expected more than 1 value per channel when training"
-            yield str(size), float("nan")
-            continue
-        yield str(size), percent(model.eval(), *flat(task.draw(2000)))
+            yield f"batch {size}", float("nan")
+        else:
+            yield f"batch {size}", percent(model.eval(), *task.draw(2000))
 
 
-def flat(points: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    return points[0].flatten(0, 1), points[1]
-
-
-class Reader(nn.Module):
-    """Mean over the words of what a net makes of each; the net sees the padding, as it would."""
-
-    def __init__(self, norm: str) -> None:
-        super().__init__()
-        self.net = Net(norm)
+class Reader(Net):
+    """Mean over the words of what a net makes of each; its norms see the padding as well."""
 
     def forward(self, x: Tensor) -> Tensor:
         real = (x != 0).any(-1, keepdim=True)
-        out = self.net(x.flatten(0, 1)).unflatten(0, x.shape[:2])
-        return (out * real).sum(1) / real.sum(1)  # type: ignore[no-any-return]
-
-
-def padded(task: Task, size: int, longest: int, width: int) -> tuple[Tensor, Tensor]:
-    """Return sequences of up to `longest` words, filled with zeros to `width`."""
-    x, labels = task.draw(size, width, noise=2.5)
-    lengths = torch.randint(LENGTHS[0], longest + 1, (size, 1), generator=task.generator)
-    return x * (torch.arange(width) < lengths)[..., None], labels
+        words = super().forward(x.flatten(0, 1))  # type: ignore[no-untyped-call]
+        words = words.unflatten(0, x.shape[:2])
+        return (words * real).sum(1) / real.sum(1)  # type: ignore[no-any-return]
 
 
 def lengths(norm: str, seed: int, samples: int) -> Iterator[tuple[str, float]]:
-    """Train on mixed lengths; then short sequences, alone and padded to the longest."""
-    task, model, longest = Task(seed), Reader(norm), LENGTHS[1]
-    train(model, lambda: padded(task, 32, longest, longest), samples // 32, 2e-3)
-    x, labels = padded(task, 2000, 4, longest)
+    """Train on mixed lengths; then read short sequences, alone and padded to the longest."""
+    task, longest = Task(seed), 32
+
+    def padded(size: int, of_words: int = longest) -> tuple[Tensor, Tensor]:
+        x, labels = task.draw(size, longest, noise=2.5)
+        words = torch.randint(2, of_words + 1, (size, 1), generator=task.generator)
+        return x * (torch.arange(longest) < words)[..., None], labels
+
+    model = train(Reader(norm), padded, samples)
+    x, labels = padded(2048, 4)
     for statistics in ("training", "evaluation"):
         model.train(statistics == "training")
-        for what, width in (("alone", 4), ("padded", longest)):
-            right = fmean(percent(model, a, b) for a, b in zip(*split(x[:, :width], labels)))
-            yield f"{statistics} statistics, {what}", right
-
-
-def split(*tensors: Tensor) -> tuple[tuple[Tensor, ...], ...]:
-    return tuple(tensor.split(32) for tensor in tensors)
+        with torch.no_grad():
+            alone, full = (torch.cat([*map(model, x[:, :n].split(32))]) for n in (4, longest))
+        for how, logits in (("alone", alone), ("padded", full)):
+            right = (logits.argmax(-1) == labels).double().mean().item()
+            yield f"{statistics} statistics, {how}", 100 * right
+        moved = (full - alone).norm() / alone.norm()
+        yield f"{statistics} statistics: logits moved by padding, %", 100 * moved.item()
 
 
 def depth(norm: str, seed: int, samples: int) -> Iterator[tuple[str, float]]:
     """How large activations and gradients are before training, and accuracy after it."""
-    for layers in DEPTHS:
+    for layers in (2, 4, 8, 16, 32):
         task, model = Task(seed), Net(norm, layers)
-        x, labels = flat(task.draw(512))
-        hidden = x
-        for module in list(model)[:-1]:
-            hidden = module(hidden)
-        yield f"{layers}: activations", hidden.std().item()
+        x, labels = task.draw(512)
+        hidden = nn.Sequential(*list(model)[:-1])(x)
+        yield f"{layers} layers: spread of activations", hidden.std(0).mean().item()
         cross_entropy(model(x), labels).backward()
-        first, last = model[0].weight.grad, model[-4].weight.grad
-        yield f"{layers}: gradient, first over last", (first.norm() / last.norm()).item()
-        train(model, lambda task=task: flat(task.draw(32)), samples // 32, 2e-3)
-        yield f"{layers}: accuracy", percent(model.eval(), *flat(task.draw(2000)))
+        grads = [layer.weight.grad for layer in model if isinstance(layer, nn.Linear)]
+        first_over_last = grads[0].norm() / grads[-2].norm()  # type: ignore[union-attr]
+        yield f"{layers} layers: gradient, first over last", first_over_last.item()
+        train(model, task.draw, samples)
+        yield f"{layers} layers", percent(model.eval(), *task.draw(2000))
 
 
 def changed(norm: str, seed: int, samples: int) -> Iterator[tuple[str, float]]:
     """A net whose first layer is the norm, on inputs that are not as they were in training."""
-    task, model = Task(seed), Net(norm, of_input=True)
-    train(model, lambda: flat(task.draw(32)), samples // 32, 2e-3)
-    x, labels = flat(task.draw(2000))
+    task = Task(seed)
+    model = train(Net(norm, of_input=True), task.draw, samples).eval()
+    x, labels = task.draw(2000)
     for what, change in CHANGES.items():
-        yield what, percent(model.eval(), change(x), labels)
+        yield what, percent(model, change(x), labels)
 
 
 def scales(norm: str, seed: int, samples: int) -> Iterator[tuple[str, float]]:
     """A net whose first layer is the norm, on features whose scales are that far apart."""
-    for spread in SPREADS:
-        task, model = Task(seed), Net(norm, of_input=True)
-        factors = spread ** torch.linspace(-0.5, 0.5, FEATURES)
+    for spread in (1, 10, 100, 1000):
+        task, factors = Task(seed), spread ** torch.linspace(-0.5, 0.5, FEATURES)
 
-        def draw(size: int = 32, task: Task = task, by: Tensor = factors) -> tuple[Tensor, Tensor]:
-            x, labels = flat(task.draw(size))
+        def draw(size: int, task: Task = task, by: Tensor = factors) -> tuple[Tensor, Tensor]:
+            x, labels = task.draw(size)
             return x * by, labels
 
-        train(model, draw, samples // 32, 2e-3)
-        yield str(spread), percent(model.eval(), *draw(2000))
+        model = train(Net(norm, of_input=True), draw, samples).eval()
+        yield f"scales 1 to {spread}", percent(model, *draw(2000))
 
 
-PARTS = {"a": batch_sizes, "b": lengths, "c": depth, "d": changed, "e": scales}
-TITLES = {
-    "a": "(a) accuracy by batch size",
-    "b": "(b) short sequences",
-    "c": "(c) accuracy by depth",
-    "d": "(d) inputs changed after training",
-    "e": "(e) accuracy by spread of scales",
+PARTS = {
+    "a": (batch_sizes, "by batch size"),
+    "b": (lengths, "short sequences"),
+    "c": (depth, "by depth"),
+    "d": (changed, "inputs changed after training"),
+    "e": (scales, "features of different scale"),
 }
 
 
-# The report --------------------------------------------------------------------------------------
-
-
-def summary(results: Sequence[Result]) -> dict[tuple[str, str], dict[str, list[float]]]:
+def by_condition(results: Sequence[Result]) -> dict[tuple[str, str], dict[str, list[float]]]:
     """Return the values of all seeds by part and condition, then by norm."""
     found: dict[tuple[str, str], dict[str, list[float]]] = {}
     for part, condition, norm, _, value in results:
@@ -215,38 +196,31 @@ def summary(results: Sequence[Result]) -> dict[tuple[str, str], dict[str, list[f
     return found
 
 
-def cell(values: Sequence[float]) -> str:
-    """Return mean and half of the range, to three digits."""
-    if any(value != value for value in values):
-        return "refuses"
-    mean, half = fmean(values), (max(values) - min(values)) / 2
-    return f"{mean:.1f} ± {half:.1f}" if mean >= 0.1 else f"{mean:.1e} ± {half:.0e}"
+def mean_and_half(values: Sequence[float]) -> tuple[float, float]:
+    return fmean(values), (max(values) - min(values)) / 2
 
 
 def table(results: Sequence[Result]) -> str:
-    lines = [f"| part | condition | {' | '.join(NORMS)} |", "| --- " * (2 + len(NORMS)) + "|"]
-    for (part, condition), row in summary(results).items():
-        cells = " | ".join(cell(row[norm]) for norm in NORMS)
-        lines.append(f"| {part} | {condition} | {cells} |")
+    lines = [f"| | condition | {' | '.join(NORMS)} |", "| --- " * (2 + len(NORMS)) + "|"]
+    for (part, condition), row in by_condition(results).items():
+        cells = ["{:.3g} ± {:.2g}".format(*mean_and_half(row[norm])) for norm in NORMS]
+        lines.append(
+            f"| {part} | {condition} | {' | '.join(cells)} |".replace("nan ± nan", "refuses")
+        )
     return "\n".join(lines)
 
 
 def plot(results: Sequence[Result], path: Path) -> None:
     figure = Figure(figsize=(9, 11), layout="constrained")
     axes = figure.subplots(3, 2).flatten()
-    for place, part in zip(axes, PARTS, strict=False):
-        rows = {key[1]: row for key, row in summary(results).items() if key[0] == part}
-        if part == "c":
-            rows = {k.split(":")[0]: row for k, row in rows.items() if k.endswith("accuracy")}
-        labels = [label.replace(", ", ",\n").replace(" statistics", "") for label in rows]
-        for norm, color, marker in zip(NORMS, ("C0", "C2", "C1", "0.4"), "os^x", strict=True):
-            values = [row[norm] for row in rows.values()]
-            means = [fmean(each) for each in values]
-            spans = [[m - min(v) for m, v in zip(means, values)], [max(v) - m for m, v in zip(means, values)]]
-            place.errorbar(range(len(rows)), means, spans, c=color, marker=marker, capsize=2, label=norm)
-        place.set_xticks(range(len(rows)), labels, rotation=30 if part in "bd" else 0, fontsize=8)
-        place.set(title=TITLES[part], ylim=(0, 102), ylabel="percent right")
-        place.grid(alpha=0.3)
+    for place, (part, (_, title)) in zip(axes, PARTS.items(), strict=False):
+        found = by_condition([r for r in results if r.part == part and ":" not in r.condition])
+        names = [name.replace(", ", ",\n") for _, name in found]
+        for norm, look in zip(NORMS, ("C0o-", "C2s-", "C1^-", "kx--"), strict=True):
+            means, halves = zip(*(mean_and_half(row[norm]) for row in found.values()), strict=True)
+            place.errorbar(names, means, halves, fmt=look, label=norm)
+        place.tick_params("x", rotation=30, labelsize=8)
+        place.set(title=f"({part}) {title}", ylim=(0, 100), ylabel="percent right")
     axes[-1].axis("off")
     axes[-1].legend(*axes[0].get_legend_handles_labels(), loc="center", frameon=False)
     figure.savefig(path, format="png", dpi=100)
@@ -254,10 +228,9 @@ def plot(results: Sequence[Result], path: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = OneLineParser(description="Compare normalizations; write a table and a picture.")
-    add = parser.add_argument
-    add("--folder", type=Path, default=Path(), help="where normalizations.csv, .md and .png go")
-    add("--seeds", type=at_least(int, 1), default=3)
-    add("--samples", type=at_least(int, 32), default=32768, help="that each model is trained on")
+    parser.add_argument("--folder", type=Path, default=Path(), help="where the results go")
+    parser.add_argument("--seeds", type=at_least(int, 1), default=3)
+    parser.add_argument("--samples", type=at_least(int, 1), default=8192, help="to train on")
     args = parser.parse_args(argv)
     if not args.folder.is_dir() or not os.access(args.folder, os.W_OK):
         parser.error(f"argument --folder: cannot write into {args.folder}")
@@ -265,7 +238,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     results: list[Result] = []
     for part, norm, seed in tqdm(runs, "models"):
         torch.manual_seed(seed)
-        found = PARTS[part](norm, seed, args.samples)
+        found = PARTS[part][0](norm, seed, args.samples)
         results += [Result(part, condition, norm, seed, value) for condition, value in found]
     with (args.folder / "normalizations.csv").open("w", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows([Result._fields, *results])
