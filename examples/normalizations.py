@@ -211,8 +211,7 @@ def table(results: Sequence[Result]) -> str:
 
 
 def plot(results: Sequence[Result], path: Path) -> None:
-    figure = Figure(figsize=(9, 11), layout="constrained")
-    axes = figure.subplots(3, 2).flatten()
+    axes = (figure := Figure(figsize=(9, 11), layout="constrained")).subplots(3, 2).flatten()
     for place, (part, (_, title)) in zip(axes, PARTS.items(), strict=False):
         found = by_condition([r for r in results if r.part == part and ":" not in r.condition])
         names = [name.replace(", ", ",\n") for _, name in found]
