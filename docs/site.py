@@ -19,6 +19,7 @@ PATTERNS = (
     *("csrc/README.md", "triton_kernels/README.md", "bench/NOTES.md", "bench/results/*"),
     *("examples/*.py", "tests/*.py", "fusednorm/*.py", "triton_kernels/*.py"),
 )
+DIRECTIVE = re.compile(r"^\.\. math::\n((?:(?: +.*)?\n)+?)(?=\n?\S|\Z)", re.MULTILINE)
 
 
 def on_config(config: Any) -> Any:
@@ -54,15 +55,9 @@ class Docstrings(griffe.Extension):
         """Rewrite the docstring of one object."""
         if obj.docstring is None:
             return
-        text = re.sub(
-            r"^\.\. math::\n((?:(?: +.*)?\n)+?)(?=\n?\S|\Z)", _directive, obj.docstring.value, flags=re.M
-        )
+        text = DIRECTIVE.sub(lambda m: _fence(" ".join(m[1].split())) + "\n", obj.docstring.value)
         text = re.sub(r":math:`\\(\w+)`", lambda m: lookup(f"GREEK SMALL LETTER {m[1]}"), text)
-        text = re.sub(r"^\.\. code-block:: python\n", "", text, flags=re.M)
-        text = re.sub(r"^Example:", "Examples:", text, flags=re.M)
+        text = re.sub(r"^\.\. code-block:: python\n", "", text, flags=re.MULTILINE)
+        text = re.sub(r"^Example:", "Examples:", text, flags=re.MULTILINE)
         text = re.sub(r"`([^`<]+?)\s*<(https?:[^`>]*)>`__", r"[\1](\2)", text)
         obj.docstring.value = re.sub(r":\w+:`([^`]*)`", r"`\1`", text)
-
-
-def _directive(match: re.Match[str]) -> str:
-    return _fence(" ".join(match[1].split())) + "\n"
