@@ -93,6 +93,63 @@ def test_examples_of_docstrings(module: str) -> None:
     assert wrong == ""
 
 
+# What stands in the pages
+
+
+def test_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) <= 1100
+
+
+def test_readme_quotes_the_speed_of_default_paths() -> None:
+    """Its lines are lines of docs/performance.md, which are those of a results file."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    section = readme.split("\n## Speed\n")[1].split("\n## ")[0]
+    lines = [line for line in section.splitlines() if line.startswith("|")]
+    measured = (DOCS / "performance.md").read_text(encoding="utf-8").splitlines()
+    assert len(lines) > 3
+    assert set(lines) <= set(measured)
+    # A plain layer norm of CPU tensors is torch's by default, whatever the kernels would take.
+    assert not [line for line in lines if line.startswith("| LayerNorm")]
+
+
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+
+
+def linked(page: Path) -> list[str]:
+    return [link for link in LINK.findall(page.read_text(encoding="utf-8")) if "://" not in link]
+
+
+@pytest.mark.parametrize(
+    "page", ["README.md", "CONTRIBUTING.md", *(f"docs/{page.name}" for page in DOCS.glob("*.md"))]
+)
+def test_links_lead_somewhere(page: str) -> None:
+    """In the repository; on the site the strict build says so."""
+    for link in linked(ROOT / page):
+        name, _, anchor = link.partition("#")
+        target = (ROOT / page).parent / name if name else ROOT / page
+        assert target.exists(), link
+        if anchor:
+            titles = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w\- ]", "", t).lower().replace(" ", "-") for t in titles}
+
+
+def test_the_guarantees_name_tests_that_exist() -> None:
+    text = (DOCS / "guarantees.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(test_\w+\.py)(?:::(\w+))?`", text)
+    assert len(named) > 15
+    for file, function in named:
+        source = (ROOT / "tests" / file).read_text(encoding="utf-8")
+        assert f"def {function}(" in source if function else source
+
+
+def test_every_question_is_answered_with_a_line_that_runs() -> None:
+    text = (DOCS / "questions.md").read_text(encoding="utf-8")
+    questions = text.split("\n## ")[1:]
+    assert len(questions) >= 17
+    for question in questions:
+        assert "\n>>> " in question, question.splitlines()[0]
+
+
 def test_the_notebook_is_the_page(notebook: ModuleType) -> None:
     """`make notebook` after a change to the page; the cells run as the page does."""
     pytest.importorskip("jupytext", reason="requirements-docs.txt is not installed")
