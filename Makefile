@@ -7,7 +7,7 @@ JOBS ?= 2
 FUSEDNORM_BUILD ?= auto
 SOURCES := $(shell find csrc -type f ! -name '*.md')
 
-.PHONY: train test lint bench codegen mutants clean
+.PHONY: train test lint bench codegen mutants docs docs-serve clean
 
 train: $(VENV)/ready
 	$(BIN)/python examples/train_gpt.py $(ARGS)
@@ -21,10 +21,25 @@ lint: $(VENV)/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(SOURCES) $(wildcard tests/simt/*)
 	$(BIN)/mypy -p fusednorm
+	@! $(BIN)/python -c 'import mkdocs' 2>/dev/null || $(SITE) build --strict --quiet
 
 # Two minutes of the benchmark: table, plots and page in bench/results. ARGS="--help" for more.
 bench: $(VENV)/ready
 	$(BIN)/python -m bench $(ARGS)
+
+# The site, in build/site: it opens without a network. Missing pages and links stop the build.
+SITE := NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs
+
+docs: $(VENV)/ready-docs
+	$(BIN)/python docs/notebook.py by-hand
+	$(SITE) build --strict
+
+docs-serve: $(VENV)/ready-docs
+	$(SITE) serve --livereload
+
+$(VENV)/ready-docs: $(VENV)/ready requirements-docs.txt
+	$(BIN)/pip install --quiet -r requirements-docs.txt
+	touch $@
 
 # Breaks each kernel in turn and shows what notices.
 mutants: $(VENV)/ready

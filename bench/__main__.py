@@ -112,7 +112,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_readme(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--readme", action="store_true", help="put the common case's table into README.md"
+        "--readme", action="store_true", help="put the common case's table into docs/performance.md"
     )
 
 

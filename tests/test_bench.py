@@ -355,36 +355,36 @@ def test_table_marks_the_best_and_sets_ours_against_it() -> None:
     assert any("WRONG" in line for line in lines)
 
 
-# The README.
+# The page that quotes it.
 
 
-def test_readme_quotes_results_that_exist() -> None:
+def test_the_page_quotes_results_that_exist() -> None:
     """Its table is the one that the results file gives, and no other figure stands beside it."""
-    readme = excerpt.README.read_text(encoding="utf-8")
-    section = readme.split("\n## Benchmark\n")[1].split("\n## ")[0]
+    page = excerpt.PAGE.read_text(encoding="utf-8")
+    section = page.split("\n## Benchmark\n")[1].split("\n## ")[0]
     (name,) = re.findall(excerpt.FIRST.format(name="([^ ]+)"), section)
     found = results.load(results.FOLDER / f"{name}.json")
     before, _, rest = section.partition(excerpt.FIRST.format(name=name))
     quoted, _, after = rest.partition(excerpt.LAST)
     assert quoted.strip() == excerpt.markdown(found, name), "run python -m bench report --readme"
     assert not re.findall(r"\d[\d.]*\s?(?:x|%|[mun]s|[GT]B/s)(?!\w)", before + after)
-    for plot in re.findall(r"\((bench/results/[^)]*)\)", quoted):
-        assert (excerpt.README.parent / plot).stat().st_size > 1000
+    for plot in re.findall(r"\((\.\./bench/results/[^)]*)\)", quoted):
+        assert (excerpt.PAGE.parent / plot).stat().st_size > 1000
 
 
-def test_readme_excerpt_takes_the_place_of_the_former(tmp_path: Path) -> None:
-    readme = tmp_path / "README.md"
+def test_an_excerpt_takes_the_place_of_the_former(tmp_path: Path) -> None:
+    page = tmp_path / "performance.md"
     marks = excerpt.FIRST.format(name="old") + "\nold\n" + excerpt.LAST
-    readme.write_text(f"before\n{marks}\nafter\n", encoding="utf-8")
+    page.write_text(f"before\n{marks}\nafter\n", encoding="utf-8")
     for name in ("new", "newer"):
-        excerpt.write(made_up(), name, readme)
-        made = readme.read_text(encoding="utf-8")
+        excerpt.write(made_up(), name, page)
+        made = page.read_text(encoding="utf-8")
         assert made.startswith(f"before\n<!-- bench/results/{name}.json -->\n| case | copy | torch")
         assert made.endswith(f"{name}-bandwidth.svg)\n<!-- end of the results -->\nafter\n")
     assert re.search(r"\n\| LayerNorm, forward \| .* \| \*\*.* 50%\*\* \| .*1\.50x ±0% \|\n", made)
-    readme.write_text("no marks", encoding="utf-8")
+    page.write_text("no marks", encoding="utf-8")
     with pytest.raises(ValueError, match="expected one place for results, found 0"):
-        excerpt.write(made_up(), "new", readme)
+        excerpt.write(made_up(), "new", page)
 
 
 # Bad input.
