@@ -13,6 +13,7 @@ python -m bench host-time             host time of a small call
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -36,6 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     if not given or (given[0].startswith("-") and given[0] not in ("-h", "--help")):
         given = ["run", *given]
+    if given[0] == "codegen":
+        return _codegen(given[1:])
     parser = _parser()
     args = parser.parse_args(given)
     try:
@@ -96,9 +99,6 @@ def _parser() -> argparse.ArgumentParser:
     scaling.add_argument("--dtype", choices=DTYPES)
     scaling.add_argument("--out", type=Path, help="JSON file of what was measured")
 
-    generated = add("codegen", _codegen, "registers, bytes in flight and instructions, no GPU")
-    _add_codegen(generated)
-
     tune = add("tune", _tune, "search the launch policy on a GPU; print a diff of config.py")
     tune.add_argument("--dtype", action="append", choices=DTYPES)
     tune.add_argument("--direction", choices=("forward", "backward"))
@@ -134,15 +134,6 @@ def _add_providers(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--without", action="append", metavar="NAME", help="one to leave out; repeatable"
     )
-
-
-def _add_codegen(parser: argparse.ArgumentParser) -> None:
-    # Its choices are those of the compiler; without Triton the command says so when it is run.
-    try:
-        from .codegen import add_arguments
-    except ImportError:
-        return
-    add_arguments(parser)
 
 
 def _device(args: argparse.Namespace) -> torch.device:
@@ -285,12 +276,15 @@ def _scaling(args: argparse.Namespace) -> int:
     return 0
 
 
-def _codegen(args: argparse.Namespace) -> int:
+def _codegen(arguments: Sequence[str]) -> int:
+    # The report stands beside the tests that read it.
+    sys.path.append(str(Path(__file__).parents[1] / "tests"))
     try:
-        from . import codegen
-    except ImportError as error:
-        raise ValueError(f"codegen: {error}") from None
-    return codegen.main(args)
+        report = importlib.import_module("codegen")
+        code: int = report.main(arguments)
+    except (ImportError, ValueError) as error:
+        sys.exit(f"bench: codegen: {error}")
+    return code
 
 
 def _tune(args: argparse.Namespace) -> int:

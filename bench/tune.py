@@ -7,16 +7,21 @@ its place. Nothing is tuned at run time: what wins is for a person to read and t
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
 import torch
 
-from . import codegen, text, timing
+from fusednorm.triton_kernels import config
+from fusednorm.triton_kernels.config import Architecture, backward_config, forward_config
+
+from . import text, timing
 from .cases import DTYPES, Case, draw, floor_bytes
 from .measure import Settings, check, contestant
 from .providers import find
@@ -29,6 +34,55 @@ GAIN = 0.02
 
 BYTES = 128 << 20
 """Bytes of x: enough for every processor to reach its steady state."""
+
+
+H100 = Architecture(32, 132, 232448, 65536)
+COLS = (
+    *(64, 96, 128, 256, 257, 384, 512, 768, 769, 1000, 1024, 1025, 1280, 1536, 2048, 2560, 3000),
+    *(3072, 4096, 5120, 6144, 7168, 7680, 8192, 8193, 10240, 12288, 14336, 16384, 20480, 24576),
+    32768,
+)
+_TIERS = {"forward": config.FORWARD_TIERS, "backward": config.BACKWARD_TIERS}
+
+
+def resident_rungs(direction: str, itemsize: int) -> list[int]:
+    """Return the last common N of each tile whose rows stay on chip: a tier decides about those."""
+    limit = _TIERS[direction][itemsize][-1].limit
+    return list({tile(direction, itemsize, n): n for n in COLS if n <= limit}.values())
+
+
+def tile(direction: str, itemsize: int, cols: int) -> config.RowTile:
+    """Return the tile that the policy chooses for an N."""
+    if direction == "forward":
+        return forward_config(cols, itemsize, H100).tile
+    return backward_config(cols, itemsize, H100, 2 * itemsize).tile
+
+
+def tier(direction: str, itemsize: int, cols: int) -> tuple[int, int]:
+    """Return the elements and rows of a thread that the policy chooses for an N."""
+    found = next(tier for tier in _TIERS[direction][itemsize] if cols <= tier.limit)
+    return found.per_thread, found.rows_per_thread
+
+
+@contextlib.contextmanager
+def forced_tier(direction: str, itemsize: int, share: tuple[int, int]) -> Iterator[None]:
+    """Give every row that stays on chip the same elements and rows of a thread."""
+    tiers = _TIERS[direction]
+    kept = tiers[itemsize]
+    tiers[itemsize] = (config.Tier(kept[-1].limit, *share),)
+    forward_config.cache_clear()
+    backward_config.cache_clear()
+    try:
+        yield
+    finally:
+        tiers[itemsize] = kept
+        forward_config.cache_clear()
+        backward_config.cache_clear()
+
+
+def policy_text() -> str:
+    """Return the source of the launch policy."""
+    return Path(config.__file__).read_text(encoding="utf-8")
 
 
 class Rung(NamedTuple):
@@ -114,12 +168,12 @@ def measure_rung(
     (provider,), _ = find(["fusednorm-triton"], device)
     rows = max(1, BYTES // (cols * DTYPES[dtype].itemsize))
     case = Case(f"layer_norm/{direction}", rows, cols, dtype, dtype, "tune")
-    now = codegen.tier(direction, DTYPES[dtype].itemsize, cols)
+    now = tier(direction, DTYPES[dtype].itemsize, cols)
     sets = timing.input_sets(floor_bytes(case), device)
     inputs = [draw(case, device, generator) for _ in range(sets)]
     contestants: dict[Any, timing.Measure] = {}
     for candidate in _different(direction, dtype, cols, (now, *CANDIDATES)):
-        with codegen.forced_tier(direction, DTYPES[dtype].itemsize, candidate):
+        with forced_tier(direction, DTYPES[dtype].itemsize, candidate):
             try:
                 with provider.scope():
                     if check(case, provider, draw(case, device, generator)):
@@ -141,8 +195,8 @@ def _different(
     tiles: dict[object, tuple[int, int]] = {}
     itemsize = DTYPES[dtype].itemsize
     for candidate in candidates:
-        with codegen.forced_tier(direction, itemsize, candidate):
-            tiles.setdefault(codegen.tile(direction, itemsize, cols), candidate)
+        with forced_tier(direction, itemsize, candidate):
+            tiles.setdefault(tile(direction, itemsize, cols), candidate)
     return list(tiles.values())
 
 
@@ -150,7 +204,7 @@ def _forced(
     direction: str, dtype: str, candidate: tuple[int, int], measure: timing.Measure
 ) -> Callable[[], Mapping[str, float]]:
     def forced() -> Mapping[str, float]:
-        with codegen.forced_tier(direction, DTYPES[dtype].itemsize, candidate):
+        with forced_tier(direction, DTYPES[dtype].itemsize, candidate):
             return measure()
 
     return forced
@@ -161,15 +215,15 @@ def main(dtypes: Sequence[str] | None, direction: str | None, seconds: float) ->
     device = torch.device("cuda", 0)
     generator = torch.Generator(device).manual_seed(0)
     settings = Settings(5, 0.01)
-    before = after = codegen.policy_text()
+    before = after = policy_text()
     end = time.monotonic() + seconds
     for dtype in dtypes or ("bfloat16", "float32"):
         itemsize = DTYPES[dtype].itemsize
         for way in (direction,) if direction else ("forward", "backward"):
-            columns = codegen.resident_rungs(way, itemsize)
+            columns = resident_rungs(way, itemsize)
             choices, measured = [], 0
             for cols in text.progress(columns, f"{way} {dtype} rung"):
-                now = codegen.tier(way, itemsize, cols)
+                now = tier(way, itemsize, cols)
                 rung = None
                 if time.monotonic() < end:
                     rung = measure_rung(way, dtype, cols, device, settings, generator)

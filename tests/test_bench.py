@@ -533,7 +533,7 @@ def test_run_goes_on_where_it_was(
 
 def test_tuning_proposes_what_gains_more_than_the_spread() -> None:
     pytest.importorskip("triton")
-    from bench import codegen, tune
+    from bench import tune
 
     now, better = (32, 4), (16, 2)
     gains = tune.choose(tune.Rung(1024, now, {now: [10e-6] * 3, better: [9e-6] * 3}))
@@ -543,7 +543,7 @@ def test_tuning_proposes_what_gains_more_than_the_spread() -> None:
     assert noise == tune.Choice(2048, now, "")
     tiers = tune.ladder([noise, gains, tune.Choice(4096, now, "")])
     assert [tier[:3] for tier in tiers] == [(1024, *better), (4096, *now)]
-    before = codegen.policy_text()
+    before = tune.policy_text()
     for direction in ("forward", "backward"):
         for itemsize in (2, 4, 8):
             after = tune.rewrite(before, direction, itemsize, tiers)
@@ -557,27 +557,27 @@ def test_tuning_proposes_what_gains_more_than_the_spread() -> None:
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_tuning_tries_no_tile_twice(direction: str) -> None:
     pytest.importorskip("triton")
-    from bench import codegen, tune
+    from bench import tune
 
     for cols, most in ((256, 12), (4096, 4)):
-        now = codegen.tier(direction, 2, cols)
+        now = tune.tier(direction, 2, cols)
         chosen = tune._different(direction, "bfloat16", cols, (now, *tune.CANDIDATES))
         assert chosen[0] == now
         assert 1 < len(chosen) <= most
         tiles = set()
         for candidate in chosen:
-            with codegen.forced_tier(direction, 2, candidate):
-                tiles.add(codegen.tile(direction, 2, cols))
+            with tune.forced_tier(direction, 2, candidate):
+                tiles.add(tune.tile(direction, 2, cols))
         assert len(tiles) == len(chosen)
 
 
 def test_forced_tier_is_undone() -> None:
     pytest.importorskip("triton")
-    from bench import codegen
+    from bench import tune
     from fusednorm.triton_kernels.config import forward_config
 
-    arch = codegen.TARGETS["sm_90"][1]
+    arch = tune.H100
     usual = forward_config(1024, 2, arch)
-    with codegen.forced_tier("forward", 2, (8, 1)):
+    with tune.forced_tier("forward", 2, (8, 1)):
         assert forward_config(1024, 2, arch) != usual
     assert forward_config(1024, 2, arch) == usual
