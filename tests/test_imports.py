@@ -29,8 +29,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 IMPLEMENTATIONS = frozenset(FLOORS[-2])
 LEAVES = frozenset(FLOORS[-1])
-# What looks behind the public API: at the launch policy, and at the launchers.
-BEHIND_THE_API = frozenset({"bench.tune", "bench.cpu_speed"})
+# What looks behind the public API, at the launch policy.
+BEHIND_THE_API = frozenset({"bench.tune"})
 
 
 @dataclass(frozen=True)
