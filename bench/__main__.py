@@ -20,8 +20,10 @@ from pathlib import Path
 
 import torch
 
-from . import results
+from . import compare, excerpt, report, results, selfcheck
 from .cases import COMMON, DTYPES, GRID, GROUPS, MODES, NORMS, Case, cases
+from .measure import COPY, asymptote, measure, settings_for, threads_of
+from .providers import MAKERS, Provider, find
 
 QUICK_MODES = [
     *("layer_norm/inference", *COMMON, "layer_norm/both"),
@@ -84,17 +86,15 @@ def _parser() -> argparse.ArgumentParser:
         help="begin no case after these, and go on from the file if it is there; exit code 1 while "
         "cases are left",
     )
-    report = add("report", _report, "print, plot and render results")
-    report.add_argument("results", type=Path)
-    report.add_argument("--metric", choices=results.METRICS)
-    for command in (run, report):
+    shown = add("report", _report, "print, plot and render results")
+    shown.add_argument("results", type=Path)
+    for command in (run, shown):
         command.add_argument(
             "--readme", action="store_true", help="put the common case's table into README.md"
         )
-    compare = add("compare", _compare, "show what changed beyond the spread")
-    compare.add_argument("before", type=Path)
-    compare.add_argument("after", type=Path)
-    compare.add_argument("--metric", choices=results.METRICS)
+    both = add("compare", _compare, "show what changed beyond the spread")
+    both.add_argument("before", type=Path)
+    both.add_argument("after", type=Path)
     commands.add_parser("codegen", help="registers, bytes in flight and instructions, no GPU")
     tune = add("tune", _tune, "search the launch policy on a GPU; print a diff of config.py")
     _add_device(tune)
@@ -127,31 +127,19 @@ def _device(args: argparse.Namespace) -> torch.device:
     return torch.device(chosen, 0) if chosen == "cuda" else torch.device(chosen)
 
 
-def _collect(
-    chosen: Sequence[Case], args: argparse.Namespace, device: torch.device
-) -> results.Results:
-    """Measure the cases and return the results."""
-    from .measure import asymptote, measure, settings_for
-    from .providers import MAKERS, find
-
+def _providers(
+    args: argparse.Namespace, device: torch.device
+) -> tuple[list[Provider], dict[str, str]]:
     for option in ("provider", "without"):
         for name in getattr(args, option) or ():
             if name not in MAKERS:
                 raise ValueError(f"--{option}: expected one of {', '.join(MAKERS)}, got {name!r}")
-    settings = settings_for(device, args.clock)
     found, missing = find(args.provider, device)
     found = [provider for provider in found if provider.name not in (args.without or ())]
     if args.provider and missing:
         name, why = next(iter(missing.items()))
         raise ValueError(f"--provider {name}: {why}")
-    return {
-        "schema": results.SCHEMA,
-        "environment": results.environment(device) | {"clock": args.clock},
-        "providers": {provider.name: provider.version for provider in found},
-        "missing": missing,
-        "copy_gbps": asymptote(device),
-        "cells": list(measure(chosen, found, device, settings, seconds=args.seconds)),
-    }
+    return found, missing
 
 
 def _grid(args: argparse.Namespace, device: torch.device) -> list[Case]:
@@ -166,8 +154,6 @@ def _grid(args: argparse.Namespace, device: torch.device) -> list[Case]:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from .measure import threads_of
-
     if args.full and args.group:
         raise ValueError("--full: expected no --group beside it")
     device = _device(args)
@@ -182,12 +168,24 @@ def _run(args: argparse.Namespace) -> int:
     done = {results.case_key(cell) for cell in known["cells"]} if known else set()
     here = {"threads": threads_of(device)}
     left = [case for case in grid if results.case_key(vars(case) | here) not in done]
-    found = _collect(left, args, device)
-    measured = len(results.by_case(found))
-    if known:
-        found["providers"] = known["providers"] | found["providers"]
-        found["cells"] = known["cells"] + found["cells"]
+    settings = settings_for(device, args.clock)
+    providers, missing = _providers(args, device)
+    versions = {provider.name: provider.version for provider in providers}
+    found = {
+        "schema": results.SCHEMA,
+        "environment": results.environment(device) | {"clock": args.clock},
+        "providers": (known["providers"] if known else {}) | versions,
+        "missing": missing,
+        "copy_gbps": asymptote(device),
+        "cells": known["cells"] if known else [],
+    }
     path = args.out or results.path_of(found)
+    measured = 0
+    for cell in measure(left, providers, device, settings, seconds=args.seconds):
+        if cell["provider"] == COPY:  # the first of a case: what is done outlives whoever ends this
+            results.save(found, path)
+            measured += 1
+        found["cells"].append(cell)
     results.save(found, path)
     _show(found, path, args.readme)
     if measured == len(left):
@@ -196,30 +194,21 @@ def _run(args: argparse.Namespace) -> int:
     return 1
 
 
-def _show(
-    found: results.Results, path: Path, readme: bool = False, metric: str | None = None
-) -> int:
-    from . import excerpt, report
-
-    print(report.table(found, metric) if metric else report.terminal(found))
+def _show(found: results.Results, path: Path, readme: bool) -> None:
+    print(report.terminal(found))
     if readme:
         excerpt.write(found, path.stem)
     for written in (path, *report.write(found, path)):
         print(written)
-    return 0
 
 
 def _report(args: argparse.Namespace) -> int:
-    found = results.load(args.results)
-    if args.metric and args.metric not in results.metrics(found):
-        raise ValueError(f"--metric: {args.results} has {', '.join(results.metrics(found))}")
-    return _show(found, args.results, args.readme, args.metric)
+    _show(results.load(args.results), args.results, args.readme)
+    return 0
 
 
 def _compare(args: argparse.Namespace) -> int:
-    from .compare import describe
-
-    print(describe(results.load(args.before), results.load(args.after), args.metric))
+    print(compare.describe(results.load(args.before), results.load(args.after)))
     return 0
 
 
@@ -227,10 +216,9 @@ def _codegen(arguments: Sequence[str]) -> int:
     # The report stands beside the tests that read it.
     sys.path.append(str(Path(__file__).parents[1] / "tests"))
     try:
-        report = importlib.import_module("codegen")
+        code: int = importlib.import_module("codegen").main(arguments)
     except ImportError as error:
         raise ValueError(f"codegen: {error}") from None
-    code: int = report.main(arguments)
     return code
 
 
@@ -241,9 +229,6 @@ def _tune(args: argparse.Namespace) -> int:
 
 
 def _selfcheck(args: argparse.Namespace) -> int:
-    from . import selfcheck
-    from .measure import settings_for
-
     device = _device(args)
     settings = settings_for(device, args.clock)
     settings = replace(settings, rounds=selfcheck.ROUNDS[device.type], seconds=0.002)

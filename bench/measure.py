@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -208,7 +207,6 @@ def _cuda_measure(
     return measure
 
 
-@functools.cache
 def asymptote(device: torch.device) -> float:
     """Return the copy bandwidth that no case can exceed, in GB/s."""
     return timing.asymptotic_bandwidth(device) / 1e9

@@ -105,7 +105,7 @@ def author(kernels: Iterable[str]) -> str:
     return "ran unknown kernels"
 
 
-def _compiled(device: torch.device, mode: str | None = None) -> Provider:
+def _compiled(device: torch.device) -> Provider:
     # A graph that is differentiated many times must keep its buffers.
     import torch._functorch.config as functorch_config
 
@@ -115,19 +115,18 @@ def _compiled(device: torch.device, mode: str | None = None) -> Provider:
         def equation(*tensors: Any) -> Outputs:
             return compose(case, Inputs(*tensors))
 
-        compiled = torch.compile(equation, dynamic=False, fullgraph=True, mode=mode)
+        compiled = torch.compile(equation, dynamic=False, fullgraph=True)
         return lambda: compiled(*inputs.tensors)
 
-    name = "torch.compile" if mode is None else f"torch.compile-{mode}"
     norms = dict.fromkeys(NORMS, norm)
-    return Provider(name, torch.__version__, norms, new_case=torch._dynamo.reset)
+    return Provider("torch.compile", torch.__version__, norms, new_case=torch._dynamo.reset)
 
 
 def _add(inputs: Inputs, case: Case) -> tuple[Tensor, Tensor]:
     """Add & Norm with the terms that a case has."""
     i = inputs
     return fusednorm.add_layer_norm(
-        *(i.x, i.residual, case.cols, i.weight, i.bias, EPS),
+        *(i.x, i.residual, (case.cols,), i.weight, i.bias, EPS),
         gate=i.gate,
         scale=i.scale,
         shift=i.shift,
@@ -136,11 +135,12 @@ def _add(inputs: Inputs, case: Case) -> tuple[Tensor, Tensor]:
 
 
 OURS = _bound(
-    layer_norm=lambda i, c: fusednorm.layer_norm(i.x, c.cols, i.weight, i.bias, EPS),
-    rms_norm=lambda i, c: fusednorm.rms_norm(i.x, c.cols, i.weight, EPS),
-    add_rms=lambda i, c: fusednorm.add_rms_norm(i.x, i.residual, c.cols, i.weight, EPS),
-    adaln=lambda i, c: fusednorm.modulated_layer_norm(i.x, c.cols, i.shift, i.scale, eps=EPS),
-    **dict.fromkeys(("add", "dropout", "layer_scale", "adaln_zero"), _add),
+    layer_norm=lambda i, c: fusednorm.layer_norm(i.x, (c.cols,), i.weight, i.bias, EPS),
+    rms_norm=lambda i, c: fusednorm.rms_norm(i.x, (c.cols,), i.weight, EPS),
+    add=lambda i, c: fusednorm.add_layer_norm(i.x, i.residual, (c.cols,), i.weight, i.bias, EPS),
+    add_rms=lambda i, c: fusednorm.add_rms_norm(i.x, i.residual, (c.cols,), i.weight, EPS),
+    adaln=lambda i, c: fusednorm.modulated_layer_norm(i.x, (c.cols,), i.shift, i.scale, eps=EPS),
+    **dict.fromkeys(("dropout", "layer_scale", "adaln_zero"), _add),
 )
 NOT_OURS = {"cuda": ("layer_scale", "adaln", "adaln_zero")}
 """What a backend refuses by name."""
@@ -323,7 +323,6 @@ def _session(
 MAKERS: dict[str, Callable[[torch.device], Provider]] = {
     "torch": _torch,
     "torch.compile": _compiled,
-    "torch.compile-max-autotune": functools.partial(_compiled, mode="max-autotune-no-cudagraphs"),
     "fusednorm": _automatic,
     **{f"fusednorm-{name}": functools.partial(_fusednorm, name) for name in backends.NAMES},
     "onnxruntime": _onnxruntime,
@@ -334,9 +333,9 @@ MAKERS: dict[str, Callable[[torch.device], Provider]] = {
     "apex": _apex,
     "transformer-engine": _transformer_engine,
 }
-ON_REQUEST = ("torch.compile-max-autotune", "fusednorm-torch", "fusednorm-triton")
-"""Those that run only when asked for: one compiles for minutes, one is torch's operators again, one
-is what `fusednorm` runs on a GPU and an interpreter elsewhere."""
+ON_REQUEST = ("fusednorm-torch", "fusednorm-triton")
+"""Those that run only when asked for: torch's operators again, and what `fusednorm` runs on a GPU
+and an interpreter elsewhere."""
 
 
 def find(names: list[str] | None, device: torch.device) -> tuple[list[Provider], dict[str, str]]:
