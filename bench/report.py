@@ -57,8 +57,13 @@ def best(cells: dict[str, Cell], what: str, ours: bool | None = None) -> str | N
 
 
 def versus(cells: dict[str, Cell], what: str) -> tuple[float, float] | None:
-    """Return the time of the best other provider over ours, and its spread; None without both."""
-    ours, theirs = best(cells, what, ours=True), best(cells, what, ours=False)
+    """Return the time of the best other provider over ours, and its spread; None without both.
+
+    Ours is what users get who ask for nothing, the best of our backends where that was not timed.
+    """
+    automatic = what in cells.get("fusednorm", {}).get("seconds", {})
+    ours = "fusednorm" if automatic else best(cells, what, ours=True)
+    theirs = best(cells, what, ours=False)
     if not ours or not theirs:
         return None
     return ratio(cells[theirs]["seconds"][what], cells[ours]["seconds"][what])

@@ -380,6 +380,17 @@ def test_report_without_matplotlib(
     assert "no plots" in capsys.readouterr().err
 
 
+def test_ours_is_what_users_get() -> None:
+    """A backend that has to be asked for does not stand in for the automatic choice."""
+    found = made_up()
+    for cell in [c for c in found["cells"] if c["provider"] == "fusednorm-triton"]:
+        slower = {what: [2 * s for s in rounds] for what, rounds in cell["seconds"].items()}
+        found["cells"].append(cell | {"provider": "fusednorm", "seconds": slower})
+    cells = next(iter(results.by_case(found).values()))
+    assert report.best(cells, "eager", ours=True) == "fusednorm-triton"
+    assert math.isclose((report.versus(cells, "eager") or (0.0,))[0], 0.75)
+
+
 def test_summary_is_the_geometric_mean_over_cases() -> None:
     (line,) = report.summary(made_up(), "eager")
     assert line.startswith("forward: 1.50x as fast as the best other provider")
