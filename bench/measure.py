@@ -170,8 +170,9 @@ def contestant(
 def _copy(case: Case, device: torch.device, settings: Settings, sets: int) -> Measure:
     size = floor_bytes(case)
     chunk = case.rows * case.cols * DTYPES[case.dtype].itemsize if device.type == "cpu" else size
-    copies = [timing.copy_call(size, device, chunk) for _ in range(sets)]
-    return _measure(lambda: copies, device, settings)
+    return _measure(
+        lambda: [timing.copy_call(size, device, chunk) for _ in range(sets)], device, settings
+    )
 
 
 def _measure(make: Callable[[], list[Call]], device: torch.device, settings: Settings) -> Measure:
@@ -188,6 +189,7 @@ def _cuda_measure(
     make: Callable[[], list[Call]], stream: torch.cuda.Stream, settings: Settings
 ) -> Measure:
     # Autograd runs a backward on the stream of its forward, so the capture needs both on one.
+    stream.wait_stream(torch.cuda.current_stream(stream.device))
     with torch.cuda.stream(stream):
         calls = make()
         call = timing.in_turn(calls)

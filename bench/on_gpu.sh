@@ -51,7 +51,7 @@ check() {
     --error-exitcode 1 --kernel-name kns=layer_norm --report-api-errors no \
     "${tests[@]}" tests/test_every_kernel.py
   if "$PYTHON" -c 'import xdist' 2>/dev/null; then parallel=(-p xdist.plugin -n 8 --dist worksteal); fi
-  for file in bench codegen config cpu examples imports simt; do # these run on no GPU
+  for file in bench codegen config cpu every_kernel examples imports simt; do # these need no GPU, or ran
     without+=(--ignore "tests/test_$file.py")
   done
   step tests "${tests[@]}" --maxfail 20 "${parallel[@]}" "${without[@]}" ${TESTS:-tests}
