@@ -20,7 +20,7 @@ lint: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(SOURCES) $(wildcard tests/simt/*)
-	$(BIN)/mypy -p fusednorm
+	$(BIN)/mypy -p fusednorm -p bench
 	@! $(BIN)/python -c 'import mkdocs' 2>/dev/null || $(SITE) build --strict --quiet
 
 # Two minutes of the benchmark: table, plots and page in bench/results. ARGS="--help" for more.
