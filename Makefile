@@ -1,13 +1,17 @@
 # Everything runs in a virtual environment of the project's own, made on first use.
 # The compiled extension is built where there is a C++ compiler; FUSEDNORM_BUILD=none leaves it out.
 PYTHON ?= python3
-VENV := .venv
+# Another torch or Triton gets an environment of its own: make test TORCH=2.14.1, with the Triton that
+# it brings or with TRITON=3.6.0.
+TORCH ?=
+TRITON ?=
+VENV := .venv$(TORCH:%=-torch-%)$(TRITON:%=-triton-%)
 BIN := $(VENV)/bin
 JOBS ?= 2
 FUSEDNORM_BUILD ?= auto
 SOURCES := $(shell find csrc -type f ! -name '*.md')
 
-.PHONY: train test lint bench codegen mutants docs docs-serve clean
+.PHONY: train test lint bench mutants docs docs-serve clean
 
 train: $(VENV)/ready
 	$(BIN)/python examples/train_gpt.py $(ARGS)
@@ -41,29 +45,23 @@ $(VENV)/ready-docs: $(VENV)/ready requirements-docs.txt
 	$(BIN)/pip install --quiet -r requirements-docs.txt
 	touch $@
 
-# Breaks each kernel in turn and shows what notices.
+# Breaks each kernel in turn, then the Python layer at random, and shows what notices.
+# ARGS="--help" for what to draw: --seed, --count and parts of names.
 mutants: $(VENV)/ready
 	OMP_NUM_THREADS=1 $(BIN)/python tests/mutants.py
+	OMP_NUM_THREADS=1 $(BIN)/python tests/python_mutants.py $(ARGS)
 
+# A release of torch asks for one Triton, so another one is put over it. Triton's interpreter takes
+# numpy 2.4 from 3.9 on.
 $(VENV)/ready: requirements-dev.txt pyproject.toml setup.py $(SOURCES)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet -r requirements-dev.txt
+	sed -e '' $(if $(TORCH),-e 's/^torch==.*/torch==$(TORCH)/') \
+		$(if $(TORCH)$(TRITON),-e '/^triton==/d' -e 's/^numpy==[^;]*/numpy<2.4/') \
+		requirements-dev.txt > $(VENV)/requirements.txt
+	$(BIN)/pip install --quiet -r $(VENV)/requirements.txt
+	$(if $(TRITON),$(BIN)/pip install --quiet triton==$(TRITON))
 	FUSEDNORM_BUILD=$(FUSEDNORM_BUILD) $(BIN)/pip install --quiet --no-build-isolation --no-deps -e .
 	touch $@
 
-# The code-generation tests under another Triton: make codegen TRITON=3.6.0
-TRITON ?= 3.6.0
-CODEGEN_VENV := .venv-triton-$(TRITON)
-
-codegen: $(CODEGEN_VENV)/ready
-	$(CODEGEN_VENV)/bin/python -m pytest tests/test_codegen.py $(ARGS)
-
-$(CODEGEN_VENV)/ready: requirements-dev.txt pyproject.toml setup.py
-	$(PYTHON) -m venv $(CODEGEN_VENV)
-	grep -v '^triton==' requirements-dev.txt | sed 's/^numpy==.*/numpy<2.4/' > $(CODEGEN_VENV)/requirements.txt
-	$(CODEGEN_VENV)/bin/pip install --quiet -r $(CODEGEN_VENV)/requirements.txt triton==$(TRITON)
-	FUSEDNORM_BUILD=none $(CODEGEN_VENV)/bin/pip install --quiet --no-build-isolation --no-deps -e .
-	touch $@
-
 clean:
-	rm -rf $(VENV) .venv-triton-* build *.egg-info
+	rm -rf .venv .venv-* build *.egg-info
