@@ -19,7 +19,7 @@ test: $(VENV)/ready
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(SOURCES) $(wildcard tests/simt/*)
+	$(BIN)/clang-format --dry-run --Werror $(SOURCES) $(wildcard tests/simt/* tests/nvcc/*)
 	$(BIN)/mypy -p fusednorm
 
 # Two minutes of the benchmark: table, plots and page in bench/results. ARGS="--help" for more.
