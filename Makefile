@@ -30,7 +30,7 @@ bench: $(VENV)/ready
 mutants: $(VENV)/ready
 	OMP_NUM_THREADS=1 $(BIN)/python tests/mutants.py
 
-$(VENV)/ready: requirements-dev.txt pyproject.toml setup.py $(SOURCES)
+$(VENV)/ready: requirements-dev.txt pyproject.toml setup.py toolchain.py $(SOURCES)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet -r requirements-dev.txt
 	FUSEDNORM_BUILD=$(FUSEDNORM_BUILD) $(BIN)/pip install --quiet --no-build-isolation --no-deps -e .

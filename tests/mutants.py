@@ -516,7 +516,7 @@ def caught_by(mutant: Mutant) -> str | None:
         shutil.copytree(ROOT / "triton_kernels", copy / "fusednorm" / "triton_kernels")
         for name in ("tests", "csrc"):
             shutil.copytree(ROOT / name, copy / name)
-        for name in ("pyproject.toml", "setup.py"):
+        for name in ("pyproject.toml", "setup.py", "toolchain.py"):
             shutil.copy(ROOT / name, copy)
         apply(mutant, copy / "fusednorm")
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
