@@ -23,7 +23,7 @@ test: $(VENV)/ready
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(SOURCES) $(wildcard tests/simt/*)
+	$(BIN)/clang-format --dry-run --Werror $(SOURCES) $(wildcard tests/simt/* tests/nvcc/*)
 	$(BIN)/mypy -p fusednorm -p bench
 	@! $(BIN)/python -c 'import mkdocs' 2>/dev/null || $(SITE) build --strict --quiet
 
@@ -53,7 +53,7 @@ mutants: $(VENV)/ready
 
 # A release of torch asks for one Triton, so another one is put over it. Triton's interpreter takes
 # numpy 2.4 from 3.9 on.
-$(VENV)/ready: requirements-dev.txt pyproject.toml setup.py $(SOURCES)
+$(VENV)/ready: requirements-dev.txt pyproject.toml setup.py toolchain.py $(SOURCES)
 	$(PYTHON) -m venv $(VENV)
 	sed -e '' $(if $(TORCH),-e 's/^torch==.*/torch==$(TORCH)/') \
 		$(if $(TORCH)$(TRITON),-e '/^triton==/d' -e 's/^numpy==[^;]*/numpy<2.4/') \

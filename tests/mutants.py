@@ -523,7 +523,7 @@ def run_tests(
         shutil.copytree(ROOT / "triton_kernels", copy / "fusednorm" / "triton_kernels")
         for name in ("tests", "csrc"):
             shutil.copytree(ROOT / name, copy / name)
-        for name in ("pyproject.toml", "setup.py"):
+        for name in ("pyproject.toml", "setup.py", "toolchain.py"):
             shutil.copy(ROOT / name, copy)
         edit(copy)
         return subprocess.run(
