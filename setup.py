@@ -23,11 +23,11 @@ from setuptools.command.build_ext import build_ext
 
 CHOICES = ("none", "cpu", "cuda", "auto")
 SOURCES = [
-    *("csrc/extension.cpp", "csrc/eager.cpp", "csrc/cpu_ops.cpp"),
+    *("csrc/extension.cpp", "csrc/eager.cpp", "csrc/cpu_ops.cpp", "csrc/triton_launch.cpp"),
     *("csrc/cpu/levels.cpp", "csrc/cpu/portable.cpp"),
 ]
 HEADERS = [
-    *("equation.h", "tensors.h", "eager.h", "cpu_ops.h"),
+    *("equation.h", "tensors.h", "eager.h", "cpu_ops.h", "triton_launch.h"),
     *("cpu/layer_norm.h", "cpu/levels.h", "cpu/kernels.h", "cpu/simd.h"),
 ]
 CUDA_SOURCES = ["csrc/cuda_ops.cpp", "csrc/cuda/forward.cu", "csrc/cuda/backward.cu"]
@@ -119,7 +119,7 @@ def extension(with_cuda: bool) -> Extension:
         include_dirs=["csrc", str(root / "include")],
         library_dirs=[str(root / "lib"), *(cuda_libraries() if with_cuda else [])],
         # CUDA's runtime is linked in: the same file loads where there is none.
-        libraries=["torch", "torch_cpu"] + (["cudart_static", "rt", "dl"] if with_cuda else []),
+        libraries=["torch", "torch_cpu", "dl"] + (["cudart_static", "rt"] if with_cuda else []),
         define_macros=[
             ("Py_LIMITED_API", "0x030a0000"),
             ("TORCH_TARGET_VERSION", "0x020a000000000000"),  # torch 2.10

@@ -629,6 +629,12 @@ def layer_norm_bwd_finalize_kernel(
             )
 
 
+@launch.native(
+    "triton_backward",
+    12,
+    3,
+    ("dx", "dresidual", "dgate", "dweight", "dbias", "dscale", "dshift"),
+)
 def layer_norm_bwd(
     dz: torch.Tensor | None,
     dh: torch.Tensor | None,
@@ -759,14 +765,13 @@ def _launch(
         gate_gradient=dgate is not None,
     )
     tile = config.tile
-    column_blocks = triton.cdiv(cols, tile.block_n) if config.form == "split" else 1
+    column_blocks = -(-cols // tile.block_n) if config.form == "split" else 1
     partials = partial_rows(rows, h.element_size(), column_blocks, config, arch)
     # Programs own rows of one sample each, so that partial rows belong to samples.
-    wanted_per_sample = triton.cdiv(partials, terms.samples)
-    rows_per_program = tile.rows * triton.cdiv(
-        triton.cdiv(terms.rows_per_sample, wanted_per_sample), tile.rows
-    )
-    programs_per_sample = triton.cdiv(terms.rows_per_sample, rows_per_program)
+    wanted_per_sample = -(-partials // terms.samples)
+    rows_per_program = -(-terms.rows_per_sample // wanted_per_sample)
+    rows_per_program = -(-rows_per_program // tile.rows) * tile.rows
+    programs_per_sample = -(-terms.rows_per_sample // rows_per_program)
     programs = programs_per_sample * terms.samples
 
     def partial(wanted: bool) -> torch.Tensor | None:
@@ -786,7 +791,9 @@ def _launch(
     with launch.device_guard(h.device):
         if config.sums is not None and through_rows and dz is not None:
             c1, c2 = torch.empty_like(rstd), None if mean is None else torch.empty_like(rstd)
-            layer_norm_bwd_sums_kernel[(rows,)](
+            launch.start(
+                layer_norm_bwd_sums_kernel,
+                (rows,),
                 dz,
                 h,
                 weight,
@@ -799,7 +806,7 @@ def _launch(
                 h_stride,
                 scale_stride,
                 terms.rows_per_sample,
-                triton.cdiv(cols, config.sums.block_n),
+                -(-cols // config.sums.block_n),
                 BLOCK_N=config.sums.block_n,
                 SAMPLED=constants["SAMPLED"],
                 SCALE_SCALAR=constants["SCALE_SCALAR"],
@@ -807,7 +814,9 @@ def _launch(
                 **layout,
                 **launch.options(config.sums.num_warps, arch),
             )
-        layer_norm_bwd_kernel[(programs, column_blocks)](
+        launch.start(
+            layer_norm_bwd_kernel,
+            (programs, column_blocks),
             dz,
             dh,
             h,
@@ -861,7 +870,9 @@ def _launch(
         if jobs == 0:
             return
         tile = finalize_tile(cols, arch)
-        layer_norm_bwd_finalize_kernel[(jobs, triton.cdiv(cols, tile.block_n))](
+        launch.start(
+            layer_norm_bwd_finalize_kernel,
+            (jobs, -(-cols // tile.block_n)),
             dz_x_hat,
             dz_sum,
             dgate_partial,

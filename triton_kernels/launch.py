@@ -1,16 +1,36 @@
-"""What every launcher needs of its tensors and of the device."""
+"""What every launcher needs: of its tensors, of the device, and to start its kernels.
+
+`start` starts a kernel as Triton does, but binds arguments of one layout once only. Where the
+compiled extension is, it goes further: a `native` launcher has it repeat what the Python of the
+launcher did for the same layout, with no Python on the way.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
+import struct
+import threading
+from collections.abc import Callable
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+from triton import knobs
+from triton.runtime import driver
 
 from .config import Architecture, vector_elements
+
+try:
+    from fusednorm import _C  # type: ignore[attr-defined]
+except ImportError:
+    _C = None
+
+KNOWN_TRITON = ("3.6", "3.9")
+"""Versions for which tests have compared the extension's launches with Triton's own."""
 
 TRITON_DTYPE = {
     torch.float16: tl.float16,
@@ -126,3 +146,230 @@ def device_guard(device: torch.device) -> contextlib.AbstractContextManager[obje
     if device.type == "cpu" or device.index == torch.cuda.current_device():
         return contextlib.nullcontext()
     return torch.cuda.device(device)
+
+
+@cache
+def not_native(device: torch.device) -> str | None:
+    """Return why Triton's own launcher starts the kernels on `device`, or None if C++ does."""
+    if device.type != "cuda":
+        return f"the extension starts no kernels on {device.type} devices"
+    if torch.version.hip is not None:
+        return "the extension starts no kernels on AMD devices"
+    return untested_triton() or (None if _C else "the compiled extension does not load")
+
+
+def untested_triton() -> str | None:
+    """Return why the extension leaves this Triton alone, or None where it knows how it launches."""
+    if triton.__version__.startswith(tuple(f"{version}." for version in KNOWN_TRITON)):
+        return None
+    return f"triton {triton.__version__} is none of {', '.join(KNOWN_TRITON)}"
+
+
+class Start(NamedTuple):
+    """One start of a kernel, as the extension repeats it.
+
+    Attributes:
+        compiled: What Triton compiled.
+        grid: Programs along each of three axes.
+        arguments: What the kernel was given before its constants.
+    """
+
+    compiled: Any
+    grid: tuple[int, int, int]
+    arguments: tuple[Any, ...]
+
+
+class _Started(threading.local):
+    """What this thread has started since somebody began to listen, if anybody does."""
+
+    starts: list[Start] | None = None
+
+
+_started = _Started()
+_compiled: dict[tuple[object, ...], Any] = {}
+
+
+def _hooked() -> bool:
+    """Return whether somebody has asked Triton to tell him of launches."""
+    runtime = knobs.runtime
+    return bool(runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls)
+
+
+def start(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+    """Start ``kernel[grid](*arguments, **constants)``.
+
+    Triton takes half of a launch to find what it compiled. Of an argument that is no tensor it goes
+    by nothing, since our kernels specialize no number, and of a tensor by dtype and alignment.
+
+    Raises:
+        RuntimeError: The driver refuses the launch.
+    """
+    grid = (*grid, 1, 1)[:3]
+    try:
+        if _hooked() or not isinstance(kernel, triton.JITFunction):
+            kernel[grid](*arguments, **constants)
+            return
+        active = driver.active
+        device = active.get_current_device()
+        layout = [
+            (argument.dtype, argument.data_ptr() % 16 == 0)
+            if isinstance(argument, torch.Tensor)
+            else argument is None
+            for argument in arguments
+        ]
+        key = (kernel, device, *layout, *constants.values())
+        compiled = _compiled.get(key)
+        if compiled is None:
+            compiled = kernel[grid](*arguments, **constants)
+            if compiled is None:  # interpreted, or compiled and not started
+                return
+            _compiled[key] = compiled
+        else:
+            # The constants' places are skipped.
+            blanks = len(kernel.arg_names) - len(arguments)
+            compiled.run(
+                *grid,
+                active.get_current_stream(device),
+                compiled.function,
+                compiled.packed_metadata,
+                *(None, None, None),  # nobody to tell
+                *arguments,
+                *(None,) * blanks,
+            )
+    except RuntimeError as error:
+        if not str(error).startswith("Triton Error"):
+            raise
+        name, word = kernel.fn.__name__, str(error).partition(": ")[2]
+        message = f"{name}: expected the driver to launch a grid of {grid}, got {word}"
+        raise RuntimeError(message) from error
+    if _started.starts is not None:
+        _started.starts.append(Start(compiled, grid, arguments))
+
+
+def native(name: str, tensors: int, device_of: int, results: tuple[str, ...]) -> Any:
+    """Return a decorator by which the extension repeats what a launcher does.
+
+    Args:
+        name: The extension's function.
+        tensors: How many tensors the launcher's arguments begin with.
+        device_of: Which of them is on the device.
+        results: Names of the tensors that the launcher returns.
+    """
+
+    def decorator(launcher: Callable[..., Any]) -> Callable[..., Any]:
+        names = (*list(inspect.signature(launcher).parameters)[:tensors], *results)
+        repeat = getattr(_C, name, None)
+
+        @functools.wraps(launcher)
+        def launch(*arguments: Any) -> Any:
+            device = arguments[device_of].device
+            if not_native(device) is not None or _hooked():
+                return launcher(*arguments)
+            active = driver.active
+            index = active.get_current_device()
+            if device.index not in (index, None):
+                with torch.cuda.device(device):
+                    return launch(*arguments)
+            done = repeat(index, active.get_current_stream(index), *arguments)  # type: ignore[misc]
+            if type(done) is not bytes:
+                return done
+            _started.starts = starts = []
+            try:
+                outputs = launcher(*arguments)
+            finally:
+                _started.starts = None
+            _hand_over(done, starts, dict(zip(names, (*arguments[:tensors], *outputs), strict=True)))
+            return outputs
+
+        return launch
+
+    return decorator
+
+
+class _Repeatable(NamedTuple):
+    """A start as the extension reads it; an argument is an index into the tensors and a word."""
+
+    function: int
+    name: str
+    grid: tuple[int, int, int]
+    threads: int
+    shared: int
+    arguments: list[tuple[int, int]]
+
+
+class _NotRepeatable(Exception):  # noqa: N818  # nobody sees it
+    """Something was started with what the extension does not have."""
+
+
+class _Scratch:
+    """Where the tensors that a launcher makes for itself lie in one allocation."""
+
+    def __init__(self) -> None:
+        self.itemsize = 4
+        self.bytes = 0
+        self._places: dict[int, int] = {}
+
+    def place(self, tensor: torch.Tensor) -> int:
+        """Return the offset of a tensor, which keeps the alignment of allocations."""
+        if tensor.data_ptr() not in self._places:
+            self.itemsize = tensor.element_size()
+            self._places[tensor.data_ptr()] = self.bytes
+            self.bytes += -(-tensor.nbytes // 256) * 256
+        return self._places[tensor.data_ptr()]
+
+
+def _hand_over(key: bytes, starts: list[Start], tensors: dict[str, torch.Tensor | None]) -> None:
+    """Let the extension repeat `starts` wherever a layout has this key."""
+    scratch = _Scratch()
+    try:
+        repeatable = [_repeatable(start, tensors, scratch) for start in starts]
+    except _NotRepeatable:
+        return
+    kernels = [start.compiled for start in starts]
+    _C.triton_keep(key, repeatable, scratch.bytes // scratch.itemsize, kernels)
+
+
+_FORMATS = {"i32": "<i", "i64": "<q", "fp64": "<d"}
+
+
+def _repeatable(
+    start: Start, tensors: dict[str, torch.Tensor | None], scratch: _Scratch
+) -> _Repeatable:
+    """Describe a start to the extension.
+
+    Raises:
+        _NotRepeatable: It takes more than a function, a grid and arguments, or reads a copy.
+    """
+    metadata = start.compiled.metadata
+    plain = metadata.num_ctas == 1 and not metadata.launch_cooperative_grid
+    if not plain or metadata.launch_pdl:
+        raise _NotRepeatable
+    if metadata.global_scratch_size or metadata.profile_scratch_size:
+        raise _NotRepeatable
+    names = list(tensors)
+    arguments: list[tuple[int, int]] = []
+    signature = start.compiled.src.signature.items()
+    for (name, kind), argument in zip(signature, start.arguments, strict=False):
+        if kind == "constexpr":
+            continue
+        if not kind.startswith("*"):
+            word = struct.pack(_FORMATS[kind], argument).ljust(8, b"\0")
+            arguments.append((-1, int.from_bytes(word, "little")))
+            continue
+        name = name.removesuffix("_ptr")
+        if name not in tensors:
+            arguments.append((len(names), scratch.place(argument)))
+            continue
+        given = tensors[name]
+        if given is None or given.data_ptr() != argument.data_ptr():
+            raise _NotRepeatable
+        arguments.append((names.index(name), 0))
+    arguments += [(-1, 0)] * 2  # Triton's scratch, global and of its profiler
+    return _Repeatable(
+        start.compiled.function,
+        start.compiled.name,
+        start.grid,
+        metadata.num_warps * metadata.warp_size,
+        metadata.shared,
+        arguments,
+    )
