@@ -629,12 +629,7 @@ def layer_norm_bwd_finalize_kernel(
             )
 
 
-@launch.native(
-    "triton_backward",
-    12,
-    3,
-    ("dx", "dresidual", "dgate", "dweight", "dbias", "dscale", "dshift"),
-)
+@launch.native("triton_backward", tensors=12, device_of=3)
 def layer_norm_bwd(
     dz: torch.Tensor | None,
     dh: torch.Tensor | None,
@@ -775,7 +770,7 @@ def _launch(
     programs = programs_per_sample * terms.samples
 
     def partial(wanted: bool) -> torch.Tensor | None:
-        return rstd.new_empty((programs, cols)) if wanted else None
+        return launch.scratch(rstd, programs, cols) if wanted else None
 
     dscale_needs_sum = dscale is not None and bias is not None
     dz_x_hat = partial(dweight is not None or dscale is not None)
@@ -790,7 +785,8 @@ def _launch(
     c1 = c2 = None
     with launch.device_guard(h.device):
         if config.sums is not None and through_rows and dz is not None:
-            c1, c2 = torch.empty_like(rstd), None if mean is None else torch.empty_like(rstd)
+            c1 = launch.scratch(rstd, rows)
+            c2 = None if mean is None else launch.scratch(rstd, rows)
             launch.start(
                 layer_norm_bwd_sums_kernel,
                 (rows,),

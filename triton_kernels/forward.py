@@ -382,7 +382,7 @@ def layer_norm_fwd_kernel(
         tl.store(rstd_ptr + rows, rstd, mask=row_mask)
 
 
-@launch.native("triton_forward", 8, 0, ("z", "h", "mean", "rstd"))
+@launch.native("triton_forward", tensors=8, device_of=0)
 def layer_norm_fwd(
     x: torch.Tensor,
     residual: torch.Tensor | None,

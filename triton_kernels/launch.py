@@ -12,7 +12,7 @@ import functools
 import inspect
 import struct
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -179,13 +179,21 @@ class Start(NamedTuple):
     arguments: tuple[Any, ...]
 
 
-class _Started(threading.local):
-    """What this thread has started since somebody began to listen, if anybody does."""
+class Record:
+    """What a launcher did: the kernels that it started, and what it allocated in between."""
 
-    starts: list[Start] | None = None
+    def __init__(self) -> None:
+        self.starts: list[Start] = []
+        self.scratch: list[torch.Tensor] = []
 
 
-_started = _Started()
+class _Thread(threading.local):
+    """Where this thread's launchers write what they do, if anybody wants to know."""
+
+    record: Record | None = None
+
+
+_thread = _Thread()
 _compiled: dict[tuple[object, ...], Any] = {}
 
 
@@ -242,22 +250,39 @@ def start(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any)
         name, word = kernel.fn.__name__, str(error).partition(": ")[2]
         message = f"{name}: expected the driver to launch a grid of {grid}, got {word}"
         raise RuntimeError(message) from error
-    if _started.starts is not None:
-        _started.starts.append(Start(compiled, grid, arguments))
+    if _thread.record is not None:
+        _thread.record.starts.append(Start(compiled, grid, arguments))
 
 
-def native(name: str, tensors: int, device_of: int, results: tuple[str, ...]) -> Any:
+def scratch(like: torch.Tensor, *size: int) -> torch.Tensor:
+    """Allocate what one kernel of a launcher writes and another one reads."""
+    tensor = like.new_empty(size)
+    if _thread.record is not None:
+        _thread.record.scratch.append(tensor)
+    return tensor
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[Record]:
+    """Note what the launchers of this thread do."""
+    _thread.record = record = Record()
+    try:
+        yield record
+    finally:
+        _thread.record = None
+
+
+def native(name: str, tensors: int, device_of: int) -> Any:
     """Return a decorator by which the extension repeats what a launcher does.
 
     Args:
         name: The extension's function.
         tensors: How many tensors the launcher's arguments begin with.
-        device_of: Which of them is on the device.
-        results: Names of the tensors that the launcher returns.
+        device_of: Which of them is always there.
     """
 
     def decorator(launcher: Callable[..., Any]) -> Callable[..., Any]:
-        names = (*list(inspect.signature(launcher).parameters)[:tensors], *results)
+        names = list(inspect.signature(launcher).parameters)[:tensors]
         repeat = getattr(_C, name, None)
 
         @functools.wraps(launcher)
@@ -273,13 +298,10 @@ def native(name: str, tensors: int, device_of: int, results: tuple[str, ...]) ->
             done = repeat(index, active.get_current_stream(index), *arguments)  # type: ignore[misc]
             if type(done) is not bytes:
                 return done
-            _started.starts = starts = []
-            try:
-                outputs = launcher(*arguments)
-            finally:
-                _started.starts = None
-            _hand_over(done, starts, dict(zip(names, (*arguments[:tensors], *outputs), strict=True)))
-            return outputs
+            with recorded() as record:
+                results = launcher(*arguments)
+            _hand_over(done, record, dict(zip(names, arguments, strict=False)), results)
+            return results
 
         return launch
 
@@ -287,7 +309,16 @@ def native(name: str, tensors: int, device_of: int, results: tuple[str, ...]) ->
 
 
 class _Repeatable(NamedTuple):
-    """A start as the extension reads it; an argument is an index into the tensors and a word."""
+    """A start as the extension reads it.
+
+    Attributes:
+        function: The driver's handle.
+        name: The kernel's.
+        grid: Programs along each of three axes.
+        threads: Of a program.
+        shared: Bytes that a program shares.
+        arguments: For each an index into the tensors, or -1, and a word to add to the address.
+    """
 
     function: int
     name: str
@@ -297,74 +328,75 @@ class _Repeatable(NamedTuple):
     arguments: list[tuple[int, int]]
 
 
-class _NotRepeatable(Exception):  # noqa: N818  # nobody sees it
-    """Something was started with what the extension does not have."""
+class _NotRepeatable(Exception):  # noqa: N818  # caught at once
+    """A launcher started something with what the extension does not have."""
 
 
-class _Scratch:
-    """Where the tensors that a launcher makes for itself lie in one allocation."""
-
-    def __init__(self) -> None:
-        self.itemsize = 4
-        self.bytes = 0
-        self._places: dict[int, int] = {}
-
-    def place(self, tensor: torch.Tensor) -> int:
-        """Return the offset of a tensor, which keeps the alignment of allocations."""
-        if tensor.data_ptr() not in self._places:
-            self.itemsize = tensor.element_size()
-            self._places[tensor.data_ptr()] = self.bytes
-            self.bytes += -(-tensor.nbytes // 256) * 256
-        return self._places[tensor.data_ptr()]
+_Places = dict[int, tuple[int, int]]
+"""By address of a tensor: which of the extension's it is, and how far into it."""
 
 
-def _hand_over(key: bytes, starts: list[Start], tensors: dict[str, torch.Tensor | None]) -> None:
-    """Let the extension repeat `starts` wherever a layout has this key."""
-    scratch = _Scratch()
+def _hand_over(
+    key: bytes,
+    record: Record,
+    inputs: dict[str, torch.Tensor | None],
+    results: tuple[torch.Tensor | None, ...],
+) -> None:
+    """Let the extension repeat what was recorded wherever a layout has this key."""
+    places: _Places = {}
+    for index, result in enumerate(results, len(inputs)):
+        if result is not None:
+            places[result.data_ptr()] = index, 0
+    elements = 0
+    for tensor in record.scratch:
+        places[tensor.data_ptr()] = len(inputs) + len(results), elements * tensor.element_size()
+        elements += -(-tensor.numel() // 64) * 64  # aligned as an allocation
     try:
-        repeatable = [_repeatable(start, tensors, scratch) for start in starts]
+        starts = [_repeatable(start, inputs, places) for start in record.starts]
     except _NotRepeatable:
         return
-    kernels = [start.compiled for start in starts]
-    _C.triton_keep(key, repeatable, scratch.bytes // scratch.itemsize, kernels)
+    _C.triton_keep(key, starts, elements, [start.compiled for start in record.starts])
 
 
-_FORMATS = {"i32": "<i", "i64": "<q", "fp64": "<d"}
+_MOST_SHARED = 228 * 1024
+"""Bytes of shared memory beyond which Triton gives a launch an attribute."""
+
+_FORMATS = {"i32": "<i4x", "i64": "<q", "fp64": "<d"}
 
 
 def _repeatable(
-    start: Start, tensors: dict[str, torch.Tensor | None], scratch: _Scratch
+    start: Start, inputs: dict[str, torch.Tensor | None], places: _Places
 ) -> _Repeatable:
     """Describe a start to the extension.
+
+    Inputs go by the names that the kernels have for them, since one tensor may be two of them.
 
     Raises:
         _NotRepeatable: It takes more than a function, a grid and arguments, or reads a copy.
     """
     metadata = start.compiled.metadata
-    plain = metadata.num_ctas == 1 and not metadata.launch_cooperative_grid
-    if not plain or metadata.launch_pdl:
-        raise _NotRepeatable
     if metadata.global_scratch_size or metadata.profile_scratch_size:
         raise _NotRepeatable
-    names = list(tensors)
+    if metadata.num_ctas != 1 or metadata.launch_cooperative_grid or metadata.launch_pdl:
+        raise _NotRepeatable
+    if metadata.shared > _MOST_SHARED:
+        raise _NotRepeatable
+    names = list(inputs)
     arguments: list[tuple[int, int]] = []
     signature = start.compiled.src.signature.items()
     for (name, kind), argument in zip(signature, start.arguments, strict=False):
+        tensor = name.removesuffix("_ptr")
         if kind == "constexpr":
             continue
         if not kind.startswith("*"):
-            word = struct.pack(_FORMATS[kind], argument).ljust(8, b"\0")
-            arguments.append((-1, int.from_bytes(word, "little")))
-            continue
-        name = name.removesuffix("_ptr")
-        if name not in tensors:
-            arguments.append((len(names), scratch.place(argument)))
-            continue
-        given = tensors[name]
-        if given is None or given.data_ptr() != argument.data_ptr():
+            arguments.append((-1, int.from_bytes(struct.pack(_FORMATS[kind], argument), "little")))
+        elif (address := argument.data_ptr()) in places:
+            arguments.append(places[address])
+        elif (given := inputs.get(tensor)) is not None and given.data_ptr() == address:
+            arguments.append((names.index(tensor), 0))
+        else:
             raise _NotRepeatable
-        arguments.append((names.index(name), 0))
-    arguments += [(-1, 0)] * 2  # Triton's scratch, global and of its profiler
+    arguments += [(-1, 0)] * 2  # Triton's own scratch, global and of its profiler
     return _Repeatable(
         start.compiled.function,
         start.compiled.name,

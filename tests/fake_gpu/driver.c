@@ -103,10 +103,9 @@ CUresult cuFuncGetAttribute(int* value, int attribute, void* function) {
 }
 
 CUresult cuFuncSetAttribute(void* function, int attribute, int value) {
-  if (attribute == 8) {  // dynamic shared memory
-    if (value > MOST_SHARED) return INVALID_VALUE;
-    ((Function*)function)->shared = value;
-  }
+  // Dynamic shared memory; newer devices have more attributes.
+  if (attribute != 8 || value > MOST_SHARED) return INVALID_VALUE;
+  ((Function*)function)->shared = value;
   return SUCCESS;
 }
 
