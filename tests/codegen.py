@@ -330,9 +330,7 @@ def _call_launcher(job: Job) -> None:
     if job.kind == "forward":
         forward.layer_norm_fwd(
             *(x, residual, gate, weight, bias, scale, shift, seed),
-            *(shape, 1e-5, terms.rms, dropout_p, dtype, stream, None),
-            save_stats=True,
-            store_h=True,
+            *(shape, 1e-5, terms.rms, dropout_p, dtype, stream, None, True, True),
         )
         return
     stats = meta(rows, dtype=compute_dtype(dtype))
