@@ -269,7 +269,13 @@ def launch_fwd(*arguments: Any) -> Outputs:
     x, _, _, weight, bias, scale, shift, _ = operands
     if not _torch_accepts(operands, spec):
         z, h, mean, rstd = layer_norm(operands, spec)
-    elif not spec.rms and spec.h_dtype is None and scale is None and shift is None:
+    elif (
+        not spec.rms
+        and spec.h_dtype is None
+        and spec.out_dtype == x.dtype
+        and scale is None
+        and shift is None
+    ):
         # As torch's own node, statistics included, for the same bits in both directions.
         z, mean, rstd = torch.native_layer_norm(x, spec.normalized_shape, weight, bias, spec.eps)
         compute = compute_dtype(x.dtype)
