@@ -33,8 +33,11 @@ step() {
 # Plugins that happen to be installed stay out, but for the one that shares tests out to processes.
 tests=(env PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 OMP_NUM_THREADS=1 "$PYTHON" -m pytest -q)
 harness=("$PYTHON" -m bench)
-here=(--device "$DEVICE")
-[[ $DEVICE == cuda ]] || here+=(--threads 1 --clock process)
+here=(--device "$DEVICE") without=()
+if [[ $DEVICE != cuda ]]; then
+  here+=(--threads 1 --clock process)
+  without=(--without torch.compile)
+fi
 
 # Whether the extension is there for the device, and newer than its sources.
 built() {
@@ -46,7 +49,7 @@ sys.exit(bool(find(['fusednorm-$DEVICE'], torch.device('$DEVICE'))[1]))"
 }
 
 check() {
-  local arch="" parallel=() without=()
+  local arch="" parallel=() ignored=()
   if [[ $DEVICE == cuda ]]; then # for this GPU alone: the others would take as long again, each
     arch=$("$PYTHON" -c 'import torch; print("{}.{}".format(*torch.cuda.get_device_capability()))')
   fi
@@ -65,14 +68,14 @@ check() {
   fi
   # These need no GPU, or ran.
   for file in bench codegen config cpu every_kernel examples imports simt; do
-    without+=(--ignore "tests/test_$file.py")
+    ignored+=(--ignore "tests/test_$file.py")
   done
-  step tests "${tests[@]}" --maxfail 20 "${parallel[@]}" "${without[@]}" ${TESTS:-tests}
+  step tests "${tests[@]}" --maxfail 20 "${parallel[@]}" "${ignored[@]}" ${TESTS:-tests}
 }
 
 measure() { # NAME SHARE OPTION..: measure for a share of the time, into the file of all
   step "$1" "${harness[@]}" "${here[@]}" --seconds $((LIMIT * $2 / 100)) \
-    --out "$OUT/bench.json" "${@:3}"
+    --out "$OUT/bench.json" "${without[@]}" "${@:3}"
 }
 
 # torch.compile takes longer to compile than everybody takes to be measured.
