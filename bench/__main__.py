@@ -22,7 +22,7 @@ import torch
 
 from . import compare, excerpt, report, results, selfcheck
 from .cases import COMMON, DTYPES, GRID, GROUPS, MODES, NORMS, Case, cases
-from .measure import COPY, asymptote, measure, settings_for, threads_of
+from .measure import asymptote, measure, settings_for, threads_of
 from .providers import MAKERS, Provider, find
 
 QUICK_MODES = [
@@ -180,13 +180,12 @@ def _run(args: argparse.Namespace) -> int:
         "cells": known["cells"] if known else [],
     }
     path = args.out or results.path_of(found)
-    measured = 0
-    for cell in measure(left, providers, device, settings, seconds=args.seconds):
-        if cell["provider"] == COPY:  # the first of a case: what is done outlives whoever ends this
-            results.save(found, path)
-            measured += 1
-        found["cells"].append(cell)
     results.save(found, path)
+    measured = 0
+    for cells in measure(left, providers, device, settings, seconds=args.seconds):
+        found["cells"] += cells
+        results.save(found, path)  # what is done outlives whoever ends this
+        measured += 1
     _show(found, path, args.readme)
     if measured == len(left):
         return 0

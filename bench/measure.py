@@ -59,8 +59,8 @@ def measure(
     seed: int = 0,
     progress: bool = True,
     seconds: float | None = None,
-) -> Iterator[results.Cell]:
-    """Yield a cell for each provider and for the yardstick of each case, as cases get done.
+) -> Iterator[list[results.Cell]]:
+    """Yield the cells of each case as it gets done: one for each provider, and the yardstick's.
 
     After `seconds` no further case begins.
     """
@@ -70,7 +70,7 @@ def measure(
     for case in text.progress(cases, "case") if progress else cases:
         if time.monotonic() > end:
             return
-        yield from _measure_case(case, providers, device, settings, generator)
+        yield _measure_case(case, providers, device, settings, generator)
 
 
 def _measure_case(

@@ -6,8 +6,9 @@
 #   bench/on_gpu.sh tune OUTDIR    search the launch policy
 #
 # Needs torch, Triton and pytest, for some steps nvcc and compute-sanitizer; no network. What failed,
-# or found no time, is named at the end: the same command goes on, as Triton keeps what it compiled
-# and the benchmark what it measured. DEVICE=cpu LIMIT=60 tries the steps where there is no GPU.
+# or found no time, is named at the end. The same command goes on: what was built, what Triton
+# compiled and what the benchmark measured is kept. DEVICE=cpu LIMIT=60 tries the steps where there
+# is no GPU, TESTS="tests/test_x.py .." with fewer tests.
 set -euo pipefail
 
 DEVICE=${DEVICE:-cuda}
@@ -32,15 +33,27 @@ step() {
 # Plugins that happen to be installed stay out, but for the one that shares tests out to processes.
 tests=(env PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 OMP_NUM_THREADS=1 "$PYTHON" -m pytest -q)
 harness=("$PYTHON" -m bench)
-here=(--device "$DEVICE")
-[[ $DEVICE == cuda ]] || here+=(--threads 1 --clock process)
+here=(--device "$DEVICE") without=()
+if [[ $DEVICE != cuda ]]; then
+  here+=(--threads 1 --clock process)
+  without=(--without torch.compile)
+fi
+
+# Whether the extension is there for the device, and newer than its sources.
+built() {
+  local made=(fusednorm/_C*.so)
+  [[ -e ${made[0]} && -z $(find csrc setup.py -newer "${made[0]}") ]] && "$PYTHON" -c "
+import sys, torch
+from bench.providers import find
+sys.exit(bool(find(['fusednorm-$DEVICE'], torch.device('$DEVICE'))[1]))"
+}
 
 check() {
-  local arch="" parallel=() without=()
+  local arch="" parallel=() ignored=()
   if [[ $DEVICE == cuda ]]; then # for this GPU alone: the others would take as long again, each
     arch=$("$PYTHON" -c 'import torch; print("{}.{}".format(*torch.cuda.get_device_capability()))')
   fi
-  step build env "FUSEDNORM_BUILD=$DEVICE" "TORCH_CUDA_ARCH_LIST=$arch" \
+  built || step build env "FUSEDNORM_BUILD=$DEVICE" "TORCH_CUDA_ARCH_LIST=$arch" \
     "$PYTHON" -m pip install --quiet --no-index --no-build-isolation --no-deps -e .
   step installed "$PYTHON" -m fusednorm
   # Once without the sanitizer, which then spends its time on watching, not on compiling.
@@ -50,15 +63,19 @@ check() {
   step memcheck env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck \
     --error-exitcode 1 --kernel-name kns=layer_norm --report-api-errors no \
     "${tests[@]}" tests/test_every_kernel.py
-  if "$PYTHON" -c 'import xdist' 2>/dev/null; then parallel=(-p xdist.plugin -n 8 --dist worksteal); fi
-  for file in bench codegen config cpu every_kernel examples imports simt; do # these need no GPU, or ran
-    without+=(--ignore "tests/test_$file.py")
+  if [[ $DEVICE == cuda ]] && "$PYTHON" -c 'import xdist' 2>/dev/null; then
+    parallel=(-p xdist.plugin -n 8 --dist worksteal)
+  fi
+  # These need no GPU, or ran.
+  for file in bench codegen config cpu every_kernel examples imports simt; do
+    ignored+=(--ignore "tests/test_$file.py")
   done
-  step tests "${tests[@]}" --maxfail 20 "${parallel[@]}" "${without[@]}" ${TESTS:-tests}
+  step tests "${tests[@]}" --maxfail 20 "${parallel[@]}" "${ignored[@]}" ${TESTS:-tests}
 }
 
 measure() { # NAME SHARE OPTION..: measure for a share of the time, into the file of all
-  step "$1" "${harness[@]}" "${here[@]}" --seconds $((LIMIT * $2 / 100)) --out "$OUT/bench.json" "${@:3}"
+  step "$1" "${harness[@]}" "${here[@]}" --seconds $((LIMIT * $2 / 100)) \
+    --out "$OUT/bench.json" "${without[@]}" "${@:3}"
 }
 
 # torch.compile takes longer to compile than everybody takes to be measured.

@@ -140,7 +140,7 @@ def run(device: torch.device, settings: Settings) -> bool:
     """Print what the harness says about the planted faults; return whether it saw them."""
     (torch_provider,), _ = find(["torch"], device)
     contestants = planted(torch_provider, settings.clock)
-    found = measure([CASES[device.type]], contestants, device, settings)
+    (found,) = measure([CASES[device.type]], contestants, device, settings)
     cells = {cell["provider"]: cell for cell in found}
     what = "device" if device.type == "cuda" else "eager"
     base = cells["torch"]["seconds"][what]

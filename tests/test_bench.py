@@ -187,7 +187,7 @@ def test_planted_wrong_mean_is_refused(dtype: str) -> None:
     """A mean that is one percent off is named as wrong, and not timed."""
     case = Case("layer_norm/forward", 64, 200, dtype, dtype)
     planted = selfcheck.planted(torch_provider())[-1]
-    cells = list(measure([case], [planted], CPU, Settings(2, 0.0), progress=False))
+    (cells,) = measure([case], [planted], CPU, Settings(2, 0.0), progress=False)
     wrong = next(cell for cell in cells if cell["provider"] == "wrong mean")
     assert wrong["status"] == "wrong"
     assert "off by" in wrong["note"]
@@ -221,7 +221,8 @@ def test_provider_that_raises_does_not_stop_the_others() -> None:
 
     case = Case("layer_norm/forward", 8, 64, "float32", "float32")
     both = [Provider("broken", "", {"layer_norm": bind(broken)}), torch_provider()]
-    cells = {c["provider"]: c for c in measure([case], both, CPU, Settings(2, 0.0), progress=False)}
+    (found,) = measure([case], both, CPU, Settings(2, 0.0), progress=False)
+    cells = {cell["provider"]: cell for cell in found}
     assert cells["broken"]["status"] == "failed"
     assert cells["broken"]["note"] == "RuntimeError: planted"
     assert len(cells["torch"]["seconds"]["eager"]) == 2
@@ -264,8 +265,8 @@ def test_onnxruntime_is_measured_at_inference_alone() -> None:
     chosen = [
         Case(mode, 8, 64, dtype, dtype) for mode in modes for dtype in ("float32", "bfloat16")
     ]
-    cells = list(measure(chosen, [provider], CPU, Settings(1, 0.0), progress=False))
-    ran = [cell for cell in cells if cell["provider"] == "onnxruntime"]
+    found = measure(chosen, [provider], CPU, Settings(1, 0.0), progress=False)
+    ran = [cell for cells in found for cell in cells if cell["provider"] == "onnxruntime"]
     assert {(c["mode"], c["dtype"], c["status"]) for c in ran} == {
         (f"{norm}/inference", "float32", "ok") for norm in provider.norms
     }
@@ -293,9 +294,8 @@ def test_what_ran_is_in_the_results() -> None:
     (torchs,) = find(["torch"], CPU)[0]
     seen = dataclasses.replace(torchs, ran=lambda case, inputs: "ran QuACK")
     case = Case("rms_norm/forward", 8, 64, "float32", "float32")
-    found = made_up() | {
-        "cells": list(measure([case], [seen], CPU, Settings(2, 0.0), progress=False))
-    }
+    (cells,) = measure([case], [seen], CPU, Settings(2, 0.0), progress=False)
+    found = made_up() | {"cells": cells}
     assert found["cells"][1]["note"] == "ran QuACK"
     assert not report.problems(found)
     assert ("torch", "ran QuACK in 1 cases") in report.facts(found)
@@ -587,6 +587,25 @@ def test_run_goes_on_where_it_was(
     with pytest.raises(SystemExit):
         main([*arguments, "--seconds", "2"])
     assert "another device" in capsys.readouterr().err
+
+
+def test_what_was_measured_outlives_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bench.cases.shapes", lambda *_: [(8, 64), (4, 96)])
+    monkeypatch.setattr(timing, "asymptotic_bandwidth", lambda _: 1e9)
+    monkeypatch.setattr(timing, "WARM_UP", 0.0)
+
+    def end(case: Case, *_: object) -> str:
+        if case.rows == 4:
+            raise KeyboardInterrupt
+        return ""
+
+    monkeypatch.setattr("bench.measure.check", end)
+    path = tmp_path / "ended.json"
+    arguments = ["--device", "cpu", "--mode", "layer_norm/forward", "--provider", "torch"]
+    with pytest.raises(KeyboardInterrupt):
+        main([*arguments, "--out", str(path)])
+    assert {cell["rows"] for cell in results.load(path)["cells"]} == {8}
+    assert [file.name for file in tmp_path.iterdir()] == ["ended.json"]
 
 
 # Tuning.
