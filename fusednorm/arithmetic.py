@@ -80,8 +80,8 @@ class Rule(NamedTuple):
         if self.offset and weight is not None:
             weight, scale = None, weight[None]
             bias, shift = None, None if bias is None else bias[None]
-        elif rounded == _FLOAT32 and self.out == x.dtype:
-            rounded = None  # y alone is rounded, as torch's own operators do
+        elif rounded == _FLOAT32 and self.out == x.dtype and not (self.rms and bias is not None):
+            rounded = None  # y alone is rounded: torch's own operators may serve, too
         return _norm(
             op, x, weight, bias, shape, eps, scale, shift, rounded, rms=self.rms, out_dtype=self.out
         )
@@ -380,9 +380,15 @@ class _Probe:
         """
         float32 = (_FLOAT32, None if self.held.weight is None else _FLOAT32)
         ranks = tuple(rank for rank in _RANKS if self._rule(float32, self._shapes(float32, rank)))
-        rules = {}
-        if (rank := max(ranks, default=1)) > 1:
-            for mix in product(_DTYPES, (None,) if self.held.weight is None else _DTYPES):
+        rank, rules = max(ranks, default=1), {}
+        if rank == 1:  # too little to tell one rule from another
+            return (), rules
+        # Those of one dtype come first: nothing is mixed of what does not hold by itself.
+        mixes = [(x, None if self.held.weight is None else x) for x in _DTYPES]
+        mixes += [(x, w) for x, w in permutations(_DTYPES, 2) if self.held.weight is not None]
+        for mix in mixes:
+            x, weight = mix
+            if weight in (x, None) or {(x, x), (weight, weight)} <= rules.keys():
                 if rule := self._rule(mix, self._circumstances(mix, rank)):
                     rules[mix] = rule
         return ranks, rules

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize, prune
 
+import fusednorm
 from fusednorm import arithmetic, backends, modules, replace
 from fusednorm.arithmetic import Rule, SwappedNorm
 from fusednorm.modules import AdaLayerNorm, AddLayerNorm, AddRMSNorm, LayerNorm, RMSNorm
@@ -765,11 +766,10 @@ def test_autocast_that_changes_nothing_is_served(dtype, weight_dtype, autocast, 
         replace_norms(norm)
         assert_same_arithmetic(norm(x), expected)
     assert calls == [dtype]
-    assert type(norm)._fusednorm_swap.autocast == tuple(
-        (device, mix)
-        for device in ("cpu", "cuda")
-        for mix in product((torch.float16, BFLOAT16, FLOAT32), repeat=2)
-    )
+    swap = type(norm)._fusednorm_swap
+    assert len(swap.rules) == 9
+    for device in ("cpu", "cuda"):
+        assert {mix: rule for (of, mix), rule in swap.autocast if of == device} == dict(swap.rules)
 
 
 def test_autocast_that_changes_something_is_left_to_the_model(monkeypatch):
@@ -786,16 +786,20 @@ def test_autocast_that_changes_something_is_left_to_the_model(monkeypatch):
 
 
 def test_what_autocast_changes_on_cuda_is_known_without_a_gpu():
-    served = {}
-    for cls in (LlamaRMSNorm, FunctionalRMSNorm, DividingRMSNorm):
-        norm = cls()
-        replace_norms(norm)
-        swap = type(norm)._fusednorm_swap
-        served[cls] = {mix for device, mix in swap.autocast if device == "cuda"}
-    same = {(dtype, dtype) for dtype in (torch.float16, BFLOAT16, FLOAT32)}
-    assert same <= served[LlamaRMSNorm]
-    # In half precision its result is float32 there; `sum` has a float32 result, so nothing changes.
-    assert served[FunctionalRMSNorm] & same == {(FLOAT32, FLOAT32)}
+    rules = {}
+    for cls in (LlamaRMSNorm, FunctionalRMSNorm, HalfPrecisionRMSNorm):
+        replace_norms(norm := cls())
+        rules[cls] = type(norm)._fusednorm_autocast
+    half, single = ("cuda", (BFLOAT16, BFLOAT16)), ("cuda", (FLOAT32, FLOAT32))
+    assert rules[LlamaRMSNorm][half] == Rule(True, 0, BFLOAT16, BFLOAT16)
+    # torch's own operator runs in float32 there, since 2.12.
+    expected = Rule(True, 0, FLOAT32, FLOAT32 if modules_autocast_rms() else BFLOAT16)
+    assert rules[FunctionalRMSNorm][half] == expected
+    assert all(half not in rules[HalfPrecisionRMSNorm] and single in of for of in rules.values())
+
+
+def modules_autocast_rms() -> bool:
+    return fusednorm.functional._AUTOCAST_RMS
 
 
 def test_epsilon_may_change_after_the_swap():
@@ -904,7 +908,7 @@ LEFT = {
         )
     },
     "small epsilon": (EpsilonOutsideRMSNorm(6, 1e-6), "its arithmetic is none that fusednorm has"),
-    "instance forward": (with_forward_on_the_instance(), "replaced on the instance"),
+    "instance forward": (with_forward_on_the_instance(), "replaced on the instance: swap it before that"),
     "parametrized": (parametrized(), "parametrized: swap it before register_parametrization"),
 }
 
