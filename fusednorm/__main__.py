@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fusednorm
-from fusednorm import backends
+from fusednorm import backends, coverage
 
 _ROWS, _COLS = 37, 1000
 
@@ -104,4 +104,6 @@ def _results(function: Callable[..., Tensor], given: list[Tensor]) -> list[Tenso
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["coverage"]:
+        sys.exit(coverage.main(sys.argv[2:]))
     sys.exit(main())

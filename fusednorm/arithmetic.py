@@ -81,8 +81,8 @@ class Rule(NamedTuple):
         if self.offset and weight is not None:
             weight, scale = None, weight[None]
             bias, shift = None, None if bias is None else bias[None]
-        elif rounded == _FLOAT32 and self.out == x.dtype:
-            rounded = None  # y alone is rounded, as torch's own operators do
+        elif rounded == _FLOAT32 and self.out == x.dtype and not (self.rms and bias is not None):
+            rounded = None  # y alone is rounded: torch's own operators may serve, too
         operands = Operands(x, weight=weight, bias=bias, scale=scale, shift=shift)
         return functional.norm(op, operands, shape, eps, rounded, rms=self.rms, out_dtype=self.out)
 
@@ -105,7 +105,7 @@ class Swap(NamedTuple):
         fixed: the other attributes that the forward may read, with their values.
         ranks: the numbers of dimensions of an input that is run fused.
         rules: the mixes that are run fused, and how.
-        autocast: the devices and mixes for which autocast changes nothing.
+        autocast: the devices and mixes that are run fused under autocast, and how.
     """
 
     original: type[nn.Module]
@@ -114,7 +114,7 @@ class Swap(NamedTuple):
     fixed: tuple[tuple[str, Any], ...]
     ranks: tuple[int, ...]
     rules: tuple[tuple[Mix, Rule], ...]
-    autocast: tuple[tuple[str, Mix], ...]
+    autocast: tuple[tuple[tuple[str, Mix], Rule], ...]
 
     def describe(self) -> str:
         """Say what is run fused; all else stays with the norm's own forward."""
@@ -123,7 +123,7 @@ class Swap(NamedTuple):
         if self.ranks != _RANKS:
             words.append(f"of rank {', '.join(map(str, self.ranks))}")
         for device in _AUTOCAST_DEVICES:
-            under = [mix for mix in mixes if (device, mix) in self.autocast]
+            under = [mix for (of, mix), _ in self.autocast if of == device]
             if under != mixes:
                 words.append(f"under {device} autocast {_words(under) if under else 'nothing'}")
         return "; ".join(words)
@@ -145,6 +145,7 @@ class SwappedNorm(nn.Module):
 
     _fusednorm_swap: ClassVar[Swap]
     _fusednorm_rules: ClassVar[dict[Mix, Rule]]
+    _fusednorm_autocast: ClassVar[dict[tuple[str, Mix], Rule]]
     _fusednorm_argument: ClassVar[str]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -176,12 +177,8 @@ class SwappedNorm(nn.Module):
             if getattr(self, name, None) != value:
                 return None
         device = x.device.type
-        if (
-            torch.amp.is_autocast_available(device)
-            and torch.is_autocast_enabled(device)
-            and (device, mix) not in swap.autocast
-        ):
-            return None
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            return self._fusednorm_autocast.get((device, mix))
         return self._fusednorm_rules.get(mix)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
@@ -199,6 +196,7 @@ def swapped_class(swap: Swap) -> type[SwappedNorm]:
         namespace = {
             "_fusednorm_swap": swap,
             "_fusednorm_rules": dict(swap.rules),
+            "_fusednorm_autocast": dict(swap.autocast),
             "_fusednorm_argument": argument(swap.original),
         }
         bases = (SwappedNorm, swap.original)
@@ -343,7 +341,7 @@ def _find(norm: nn.Module, parameters: dict[str, nn.Parameter]) -> Swap | str:
                 for name, value in _attributes(norm)
                 if _is_plain(value) and name != held.epsilon
             )
-            autocast = probe.ignored_autocast(mixes, ranks[-1])
+            autocast = tuple(probe.under_autocast(rules, ranks[-1]).items())
             return Swap(type(norm), held, size, fixed, ranks, tuple(rules.items()), autocast)
     return reason
 
@@ -384,9 +382,15 @@ class _Probe:
         """
         float32 = (_FLOAT32, None if self.held.weight is None else _FLOAT32)
         ranks = tuple(rank for rank in _RANKS if self._rule(float32, self._shapes(float32, rank)))
-        rules = {}
-        if (rank := max(ranks, default=1)) > 1:
-            for mix in product(_DTYPES, (None,) if self.held.weight is None else _DTYPES):
+        rank, rules = max(ranks, default=1), {}
+        if rank == 1:  # too little to tell one rule from another
+            return (), rules
+        # Those of one dtype come first: nothing is mixed of what does not hold by itself.
+        mixes = [(x, None if self.held.weight is None else x) for x in _DTYPES]
+        mixes += [(x, w) for x, w in permutations(_DTYPES, 2) if self.held.weight is not None]
+        for mix in mixes:
+            x, weight = mix
+            if weight in (x, None) or {(x, x), (weight, weight)} <= rules.keys():
                 if rule := self._rule(mix, self._circumstances(mix, rank)):
                     rules[mix] = rule
         return ranks, rules
@@ -484,49 +488,60 @@ class _Probe:
         stand_in.__dict__ = state
         return stand_in
 
-    def ignored_autocast(self, mixes: Iterable[Mix], rank: int) -> tuple[tuple[str, Mix], ...]:
-        """Return the devices and mixes for which autocast changes nothing."""
-        ignored: dict[tuple[str, Mix], bool] = {}
-        for mix in mixes:
-            ignored["cpu", mix] = self._ignores_autocast("cpu", mix, rank)
-            # What is float16 under an autocast to bfloat16 is treated as the other way round.
-            x, weight = (_BFLOAT16 if dtype == _FLOAT16 else dtype for dtype in mix)
-            if ("cuda", (x, weight)) not in ignored:
-                ignored["cuda", (x, weight)] = self._ignores_autocast("cuda", (x, weight), rank)
-            ignored["cuda", mix] = ignored["cuda", (x, weight)]
-        return tuple(key for key in product(_AUTOCAST_DEVICES, mixes) if ignored[key])
+    def under_autocast(
+        self, rules: dict[Mix, Rule], rank: int
+    ) -> dict[tuple[str, Mix], Rule]:
+        """Return the rules that hold under the autocast of a device.
 
-    def _ignores_autocast(self, device: str, mix: Mix, rank: int) -> bool:
-        """Whether a forward computes the same with autocast and without.
-
-        On the CPU it is run. For CUDA the operators that it runs on fake tensors are compared, and
-        their dtypes, so that no GPU need be there.
+        On the CPU the norm is run. For CUDA the operators that it runs on fake tensors are
+        compared, with their dtypes, so that no GPU need be there.
         """
-        try:
-            call = next(self._circumstances(mix, rank))
-            if device == "cpu":
-                plain, *others = (self._under_autocast(call, dtype) for dtype in (None, *_HALVES))
-                return all(y.dtype == plain.dtype and torch.equal(y, plain) for y in others)
-            plain, *others = (self._operators(device, call, dtype) for dtype in (None, *_HALVES))
-            return all(operators == plain for operators in others)
-        except Exception:
-            return False  # nothing is known of it
+        found = {("cpu", mix): rule for mix, rule in rules.items() if self._unchanged(mix, rank)}
+        traces: dict[Mix, Any] = {}
+        for mix, rule in rules.items():
+            # Autocast tells half precisions apart by whether they are its own, and both are tried.
+            x, weight = (_BFLOAT16 if dtype == _FLOAT16 else dtype for dtype in mix)
+            single = (_FLOAT32, None if weight is None else _FLOAT32)
+            try:
+                for key in ((x, weight), single):
+                    if key not in traces:
+                        call = next(self._circumstances(key, rank))
+                        traces[key] = [self._operators("cuda", call, d) for d in (None, *_HALVES)]
+            except Exception:
+                continue  # nothing is known of it
+            plain, *others = traces[x, weight]
+            if all(other == plain for other in others):
+                found["cuda", mix] = rule
+            elif all(_computing(other) == _computing(traces[single][0]) for other in others):
+                # All of it is run in float32, as torch's own norms are.
+                found["cuda", mix] = rule._replace(rounded=_FLOAT32, out=_FLOAT32)
+        return found
 
-    def _under_autocast(self, call: _Call, dtype: torch.dtype | None) -> Any:
-        with torch.autocast("cpu", dtype or _BFLOAT16, enabled=dtype is not None):
-            return self._own(call)[0]
+    def _unchanged(self, mix: Mix, rank: int) -> bool:
+        """Whether a forward computes the same under the CPU's autocast."""
+        call, results = next(self._circumstances(mix, rank)), []
+        try:
+            for dtype in (None, *_HALVES):
+                with torch.autocast("cpu", dtype or _BFLOAT16, enabled=dtype is not None):
+                    results.append(self._own(call)[0])
+        except Exception:
+            return False
+        plain: Any = results[0]
+        return all(y.dtype == plain.dtype and torch.equal(y, plain) for y in results)  # type: ignore[attr-defined]
 
     def _operators(self, device: str, call: _Call, autocast: torch.dtype | None) -> list[Any]:
         """Return what a forward runs on a device that need not be there."""
         from torch._subclasses import FakeTensorMode  # here, since its import takes a while
 
-        with FakeTensorMode(), torch.no_grad(), _autocast(device, autocast), _Operators() as seen:
+        with FakeTensorMode(), torch.no_grad():
             x, weight, bias = (
                 None if t is None else torch.empty(t.shape, dtype=t.dtype, device=device)
                 for t in call[:3]
             )
             leaves = call._replace(x=x, weight=weight, bias=bias).leaves()
-            type(self.norm).forward(self._stand_in(call, leaves), leaves[0])
+            stand_in = self._stand_in(call, leaves)
+            with _autocast(device, autocast), _Operators() as seen:
+                type(self.norm).forward(stand_in, leaves[0])
         return seen.operators
 
 
@@ -544,6 +559,11 @@ class _Operators(TorchDispatchMode):
             given = tree_map_only(Tensor, lambda t: (t.dtype, t.shape, t.device), (args, kwargs))
             self.operators.append((func, given))
         return func(*args, **kwargs)
+
+
+def _computing(operators: list[Any]) -> list[Any]:
+    """Return the operators without the casts to float32, which lose nothing."""
+    return [(f, given) for f, given in operators if given[1].get("dtype") != _FLOAT32]
 
 
 @contextmanager

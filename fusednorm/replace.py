@@ -125,11 +125,16 @@ def replace_norms(
           1  swapped
           2  left: excluded
     """
+    return _replace(model, include, exclude, {})
+
+
+def _replace(
+    model: nn.Module, include: Selection | None, exclude: Selection | None, probed: Probed
+) -> Report:
+    """Do what `replace_norms` says, and remember in `probed` what was found out."""
     norms = _norms("replace_norms", model)
     included = norms.keys() if include is None else _selected("include", include, norms)
     excluded = set() if exclude is None else _selected("exclude", exclude, norms)
-
-    probed: Probed = {}
 
     def fate(norm: nn.Module) -> type[nn.Module] | str:
         try:

@@ -2,6 +2,7 @@
 
 import copy
 import doctest
+import functools
 import pickle
 import warnings
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize, prune
 
+import fusednorm
 from fusednorm import arithmetic, backends, modules, replace
 from fusednorm.arithmetic import Rule, SwappedNorm
 from fusednorm.modules import AdaLayerNorm, AddLayerNorm, AddRMSNorm, LayerNorm, RMSNorm
@@ -765,11 +767,10 @@ def test_autocast_that_changes_nothing_is_served(dtype, weight_dtype, autocast, 
         replace_norms(norm)
         assert_same_arithmetic(norm(x), expected)
     assert calls == [dtype]
-    assert type(norm)._fusednorm_swap.autocast == tuple(
-        (device, mix)
-        for device in ("cpu", "cuda")
-        for mix in product((torch.float16, BFLOAT16, FLOAT32), repeat=2)
-    )
+    swap = type(norm)._fusednorm_swap
+    assert len(swap.rules) == 9
+    for device in ("cpu", "cuda"):
+        assert {mix: rule for (of, mix), rule in swap.autocast if of == device} == dict(swap.rules)
 
 
 def test_autocast_that_changes_something_is_left_to_the_model(monkeypatch):
@@ -786,16 +787,20 @@ def test_autocast_that_changes_something_is_left_to_the_model(monkeypatch):
 
 
 def test_what_autocast_changes_on_cuda_is_known_without_a_gpu():
-    served = {}
-    for cls in (LlamaRMSNorm, FunctionalRMSNorm, DividingRMSNorm):
-        norm = cls()
-        replace_norms(norm)
-        swap = type(norm)._fusednorm_swap
-        served[cls] = {mix for device, mix in swap.autocast if device == "cuda"}
-    same = {(dtype, dtype) for dtype in (torch.float16, BFLOAT16, FLOAT32)}
-    assert same <= served[LlamaRMSNorm]
-    # In half precision its result is float32 there; `sum` has a float32 result, so nothing changes.
-    assert served[FunctionalRMSNorm] & same == {(FLOAT32, FLOAT32)}
+    rules = {}
+    for cls in (LlamaRMSNorm, FunctionalRMSNorm, HalfPrecisionRMSNorm):
+        replace_norms(norm := cls())
+        rules[cls] = type(norm)._fusednorm_autocast
+    half, single = ("cuda", (BFLOAT16, BFLOAT16)), ("cuda", (FLOAT32, FLOAT32))
+    assert rules[LlamaRMSNorm][half] == Rule(True, 0, BFLOAT16, BFLOAT16)
+    # torch's own operator runs in float32 there, since 2.12.
+    expected = Rule(True, 0, FLOAT32, FLOAT32 if modules_autocast_rms() else BFLOAT16)
+    assert rules[FunctionalRMSNorm][half] == expected
+    assert all(half not in rules[HalfPrecisionRMSNorm] and single in of for of in rules.values())
+
+
+def modules_autocast_rms() -> bool:
+    return fusednorm.functional._AUTOCAST_RMS
 
 
 def test_epsilon_may_change_after_the_swap():
@@ -907,9 +912,219 @@ LEFT = {
         )
     },
     "small epsilon": (EpsilonOutsideRMSNorm(6, 1e-6), "its arithmetic is none that fusednorm has"),
-    "instance forward": (with_forward_on_the_instance(), "replaced on the instance"),
+    "instance forward": (with_forward_on_the_instance(), "replaced on the instance: swap it before that"),
     "parametrized": (parametrized(), "parametrized: swap it before register_parametrization"),
 }
+
+
+class WantsArgumentsRMSNorm(LlamaRMSNorm):
+    """As `fully_shard` leaves a class: made from outside it can only fail."""
+
+    def __new__(cls, size):
+        return super().__new__(cls)
+
+
+class GuardedRMSNorm(LlamaRMSNorm):
+    def __setattr__(self, name, value):
+        if name == "__class__":
+            raise TypeError("not mine")
+        super().__setattr__(name, value)
+
+
+class BuiltinRMSNorm(LlamaRMSNorm):
+    forward = torch.relu
+
+
+class RaisingAttributeRMSNorm(LlamaRMSNorm):
+    @property
+    def original_name(self):
+        raise RuntimeError("not now")
+
+
+class UnusualSubclassesRMSNorm(LlamaRMSNorm):
+    def __init_subclass__(cls, *, needed):
+        """Let nobody make a subclass without an argument."""
+
+
+class LazyRMSNorm(LlamaRMSNorm):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.UninitializedParameter()
+
+
+def sharded(norm: nn.Module) -> nn.Module:
+    """Change the class of a norm as `fully_shard` does."""
+    fsdp = pytest.importorskip("torch.distributed.fsdp")
+    cls = type(norm)
+    norm.__class__ = type(f"FSDP{cls.__name__}", (fsdp.FSDPModule, cls), {})
+    return norm
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda: sharded(LlamaRMSNorm()), "sharded: swap it before fully_shard"),
+        (lambda: sharded(nn.LayerNorm(6)), "sharded: swap it before fully_shard"),
+        (LazyRMSNorm, "its weight is not materialised yet: run the model once first"),
+        (BuiltinRMSNorm, "its forward has other parameters than the input"),
+        (UnusualSubclassesRMSNorm, "missing 1 required keyword-only argument: 'needed'"),
+    ],
+    ids=["sharded", "sharded LayerNorm", "lazy", "builtin", "subclass"],
+)
+def test_foreign_code_that_fails_while_deciding(make, reason):
+    model = nn.Sequential(make(), nn.LayerNorm(6))
+    cls = type(model[0])
+    report = replace_norms(model)
+    assert report.swapped == ("1",)
+    ((name, why),) = report.left
+    assert (name, why[-len(reason) :]) == ("0", reason)
+    assert type(model[0]) is cls
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda: WantsArgumentsRMSNorm(6), RaisingAttributeRMSNorm],
+    ids=["new with arguments", "raising attribute"],
+)
+def test_foreign_code_that_need_not_run(make):
+    norm, x = randomize(make()), torch.randn(3, 6)
+    expected = norm(x)
+    assert replace_norms(norm).swapped == ("",)
+    torch.testing.assert_close(copy.deepcopy(norm)(x), expected)
+    assert restore_norms(norm).swapped == ("",)
+
+
+def test_a_class_that_cannot_be_changed_leaves_the_others_swapped():
+    model = nn.Sequential(nn.LayerNorm(6), GuardedRMSNorm(), nn.LayerNorm(6))
+    held, report = contents(model[1]), replace_norms(model)
+    assert report.swapped == ("0", "2")
+    ((_, reason),) = report.left
+    assert reason.endswith("GuardedRMSNorm: its class cannot be changed: not mine")
+    assert contents(model[1]) == held
+    assert restore_norms(model).swapped == ("0", "2")
+
+
+def add_hook(norm: nn.Module) -> list[str]:
+    """Put a function in the place of a forward as accelerate does; return its log."""
+    log = []
+
+    def new_forward(module, *args, **kwargs):
+        log.append("before")
+        y = module._old_forward(*args, **kwargs)
+        log.append("after")
+        return y
+
+    norm._old_forward = norm.forward
+    norm.forward = functools.update_wrapper(
+        functools.partial(new_forward, norm), norm._old_forward
+    )
+    return log
+
+
+def remove_hook(norm: nn.Module) -> None:
+    norm.forward = norm._old_forward
+    del norm._old_forward
+
+
+HOOKED = {"LayerNorm": lambda: nn.LayerNorm(6), "LlamaRMSNorm": LlamaRMSNorm}
+
+
+def spy_on_fused(monkeypatch) -> list[str]:
+    calls = []
+    for module, name in ((modules, "layer_norm"), (arithmetic, "_norm")):
+        fused = getattr(module, name)
+        monkeypatch.setattr(
+            module, name, lambda *a, fused=fused, **k: calls.append("fused") or fused(*a, **k)
+        )
+    return calls
+
+
+@pytest.mark.parametrize("make", HOOKED.values(), ids=HOOKED)
+def test_a_hook_that_was_there_first_calls_the_fused_norm(make, monkeypatch):
+    norm, x, calls = randomize(make()), torch.randn(3, 6), spy_on_fused(monkeypatch)
+    cls, expected, log = type(norm), norm(x), add_hook(norm)
+    saved, forward = norm._old_forward, norm.__dict__["forward"]
+    assert replace_norms(norm).swapped == ("",)
+    torch.testing.assert_close(norm(x), expected)
+    assert (log, calls) == (["before", "after"], ["fused"])
+    duplicate = copy.deepcopy(norm)
+    assert duplicate._old_forward.__self__ is duplicate
+    assert restore_norms(norm).swapped == ("",)
+    assert type(norm) is cls
+    assert (norm._old_forward, norm.__dict__["forward"]) == (saved, forward)
+    assert torch.equal(norm(x), expected)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("removed", [False, True])
+@pytest.mark.parametrize("make", HOOKED.values(), ids=HOOKED)
+def test_a_hook_that_came_after_the_swap(make, removed, monkeypatch):
+    norm, x = randomize(make()), torch.randn(3, 6)
+    cls, expected = type(norm), norm(x)
+    replace_norms(norm)
+    add_hook(norm)
+    if removed:
+        remove_hook(norm)
+    assert restore_norms(norm).swapped == ("",)
+    calls = spy_on_fused(monkeypatch)
+    assert type(norm) is cls
+    assert torch.equal(norm(x), expected)
+    assert calls == []
+    assert replace_norms(norm).swapped == ("",)
+    torch.testing.assert_close(norm(x), expected)
+    assert calls == ["fused"]
+
+
+@pytest.mark.parametrize("make", HOOKED.values(), ids=HOOKED)
+def test_a_forward_that_nobody_can_follow_is_left_on_the_way_back(make):
+    norm, x = make(), torch.randn(3, 6)
+    replace_norms(norm)
+    cls, expected, fused = type(norm), norm(x), norm.forward
+    norm.forward = lambda x: fused(x)
+    reason = "its forward was replaced on the instance since: undo that first"
+    assert restore_norms(norm).left == (("", reason),)
+    assert type(norm) is cls
+    assert torch.equal(norm(x), expected)
+    del norm.forward
+    assert restore_norms(norm).swapped == ("",)
+
+
+class RmsNorm(LlamaRMSNorm):
+    """With timm's capitals."""
+
+
+class ZeroNormGated(nn.Module):
+    def forward(self, x, gate):
+        return x
+
+
+class AdaptiveNormBlock(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.LayerNorm(6, elementwise_affine=False)
+        self.other = OwnForward(6)
+
+    def forward(self, x, scale):
+        return self.norm(x) * (1 + scale)
+
+
+def test_every_module_that_normalises_is_in_the_report():
+    model = nn.Sequential(RmsNorm(), ZeroNormGated(), AdaptiveNormBlock())
+    report = replace_norms(model)
+    assert report.swapped == ("0", "2.norm")
+    assert dict(report.left).keys() == {"1", "2", "2.other"}
+    reason = dict(report.left)["2"]
+    assert reason.endswith("; of the norms within it 1 of 2 are swapped")
+
+
+def test_the_report_says_what_is_served():
+    model = nn.Sequential(LlamaRMSNorm(), HalfPrecisionRMSNorm(), nn.LayerNorm(6))
+    report = replace_norms(model)
+    assert dict(report.served) == {
+        "0": "any mix of float16, bfloat16 and float32",
+        "1": "float32",
+    }
+    assert str(report).splitlines()[2] == "  1  swapped for float32"
 
 
 @pytest.mark.parametrize(("norm", "reason"), LEFT.values(), ids=LEFT)
