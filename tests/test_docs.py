@@ -222,7 +222,7 @@ def test_the_page_shows_the_committed_numbers(
 
 def test_the_site_builds_strictly_and_opens_without_a_network(tmp_path: Path) -> None:
     pytest.importorskip("mkdocs", reason="requirements-docs.txt is not installed")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet"]
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict"]
     done = subprocess.run(
         [*command, "--site-dir", str(tmp_path / "site")], cwd=ROOT, capture_output=True, text=True
     )
