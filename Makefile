@@ -25,7 +25,7 @@ lint: $(VENV)/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(SOURCES) $(wildcard tests/simt/* tests/nvcc/*)
 	$(BIN)/mypy -p fusednorm -p bench
-	@! $(BIN)/python -c 'import mkdocs' 2>/dev/null || $(SITE) build --strict --quiet
+	@! $(BIN)/python -c 'import mkdocs' 2>/dev/null || $(SITE) build --strict
 
 # Two minutes of the benchmark: table, plots and page in bench/results. ARGS="--help" for more.
 bench: $(VENV)/ready

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import csv
 import doctest
 import importlib
 import importlib.util
 import re
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -170,6 +173,67 @@ def test_the_notebook_runs(notebook: ModuleType) -> None:
         for output in cell.get("outputs", ())
     ]
     examples = notebook.session(DOCS / "by-hand.md").examples
-    assert shown == [
-        example.want.replace("<BLANKLINE>", "") for example in examples if example.want
-    ]
+    assert shown == [example.want for example in examples if example.want]
+
+
+# The experiment
+
+
+@pytest.fixture(scope="module")
+def results(normalizations: ModuleType) -> list[tuple[str, str, str, int, float]]:
+    with (DOCS / "normalizations.csv").open(encoding="utf-8") as file:
+        _, *rows = csv.reader(file)
+    return [normalizations.Result(*row[:3], int(row[3]), float(row[4])) for row in rows]
+
+
+@pytest.fixture(scope="module")
+def normalizations() -> ModuleType:
+    sys.path.append(str(ROOT / "examples"))
+    return importlib.import_module("normalizations")
+
+
+def test_the_experiment_has_three_seeds(
+    normalizations: ModuleType, results: list[tuple[str, str, str, int, float]]
+) -> None:
+    for row in normalizations.by_condition(results).values():
+        assert row.keys() == normalizations.NORMS.keys()
+        assert all(len(values) == 3 for values in row.values())
+
+
+def test_the_page_shows_the_committed_numbers(
+    normalizations: ModuleType, results: list[tuple[str, str, str, int, float]]
+) -> None:
+    """The table is that of the file, and so is every figure in the sentences and the answers."""
+    page = (DOCS / "normalizations.md").read_text(encoding="utf-8")
+    table = normalizations.table(results)
+    assert table in page
+    known = set(re.findall(r"\d[\d.e+-]* ± [\d.e+-]+", table))
+    for text in (page, (DOCS / "questions.md").read_text(encoding="utf-8")):
+        quoted = set(re.findall(r"\d[\d.e+-]* ± [\d.e+-]*\d", text))
+        assert len(quoted) > 3
+        assert quoted <= known
+    prose = page.split("\n## (a)")[1].split("\n## All numbers")[0]
+    for paragraph in re.split(r"\n\n|(?<=\.)\s+(?=[A-Z])", "## (a)" + prose):
+        assert paragraph.startswith("##") or " ± " in paragraph or "refuses" in paragraph, paragraph
+
+
+# The site
+
+
+def test_the_site_builds_strictly_and_opens_without_a_network(tmp_path: Path) -> None:
+    pytest.importorskip("mkdocs", reason="requirements-docs.txt is not installed")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict"]
+    done = subprocess.run(
+        [*command, "--site-dir", str(tmp_path / "site")], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    pages = sorted((tmp_path / "site").rglob("*.html"))
+    assert {"index.html", "by-hand.html", "api.html"} <= {page.name for page in pages}
+    for page in pages:
+        text = page.read_text(encoding="utf-8")
+        loaded = re.findall(r"<(?:script|link|img|iframe)\b[^>]*?(?:src|href)=\"?([^\">]*)", text)
+        assert loaded
+        assert [url for url in loaded if re.match(r"(?:https?:)?//", url)] == [], page.name
+    api = (tmp_path / "site/docs/api.html").read_text(encoding="utf-8")
+    assert api.count("<math") >= 8  # formulas are set here, not by a script from elsewhere
+    assert ".. math::" not in api
