@@ -31,6 +31,14 @@ class Environment:
     without: tuple[str, ...] = ()
 
 
+def starts(python: str) -> bool:
+    """Return whether there is such a Python: what stands on the path may only stand in for one."""
+    command = [python, "-c", ""]
+    return (
+        bool(shutil.which(python)) and subprocess.run(command, capture_output=True).returncode == 0
+    )
+
+
 ENVIRONMENTS = (
     Environment("oldest-torch", ("torch==2.10.0", "numpy<2.4"), without=("triton",)),
     Environment("newest-torch", ("torch", "numpy"), without=("triton",)),
@@ -39,7 +47,7 @@ ENVIRONMENTS = (
     *(
         Environment(f"python3.{minor}", ("torch==2.13.0", "numpy"), f"python3.{minor}")
         for minor in range(10, 15)
-        if shutil.which(f"python3.{minor}") and minor != sys.version_info.minor
+        if minor != sys.version_info.minor and starts(f"python3.{minor}")
     ),
 )
 
