@@ -21,7 +21,7 @@ lint: $(VENV)/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(SOURCES) $(wildcard tests/simt/* tests/nvcc/*)
 	$(BIN)/mypy -p fusednorm
-	$(BIN)/mypy toolchain.py tools
+	$(BIN)/mypy toolchain.py tools triton_kernels/config.py
 	$(BIN)/codespell $$(git ls-files)
 
 # Two minutes of the benchmark: table, plots and page in bench/results. ARGS="--help" for more.
