@@ -11,7 +11,7 @@ JOBS ?= 2
 FUSEDNORM_BUILD ?= auto
 SOURCES := $(shell find csrc -type f ! -name '*.md')
 
-.PHONY: train test lint bench mutants docs docs-serve clean
+.PHONY: train test lint bench mutants docs docs-serve wheel matrix release workflows clean
 
 train: $(VENV)/ready
 	$(BIN)/python examples/train_gpt.py $(ARGS)
@@ -25,6 +25,8 @@ lint: $(VENV)/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(SOURCES) $(wildcard tests/simt/* tests/nvcc/*)
 	$(BIN)/mypy -p fusednorm -p bench
+	$(BIN)/mypy toolchain.py tools triton_kernels/config.py
+	$(BIN)/codespell $$(git ls-files)
 	@! $(BIN)/python -c 'import mkdocs' 2>/dev/null || $(SITE) build --strict
 
 # Two minutes of the benchmark: table, plots and page in bench/results. ARGS="--help" for more.
@@ -63,5 +65,38 @@ $(VENV)/ready: requirements-dev.txt pyproject.toml setup.py toolchain.py $(SOURC
 	FUSEDNORM_BUILD=$(FUSEDNORM_BUILD) $(BIN)/pip install --quiet --no-build-isolation --no-deps -e .
 	touch $@
 
+# The sdist, and from it the wheel, which then has to pass what package indices and users ask of it.
+# FUSEDNORM_BUILD=cuda: with the CUDA kernels. torch's libraries are those of the torch that loads it.
+WHEEL_BUILD := $(if $(filter auto,$(FUSEDNORM_BUILD)),cpu,$(FUSEDNORM_BUILD))
+RAW := build/wheel
+
+wheel: $(VENV)/ready-release
+	rm -rf $(RAW) dist
+	FUSEDNORM_BUILD=$(WHEEL_BUILD) $(BIN)/python -m build --no-isolation --outdir $(RAW)
+	$(if $(filter none,$(WHEEL_BUILD)),cp -r $(RAW) dist,\
+		PATH="$(BIN):$$PATH" $(BIN)/python -m auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' \
+		--wheel-dir dist $(RAW)/*.whl && cp $(RAW)/*.tar.gz dist && $(BIN)/abi3audit --strict --summary dist/*.whl)
+	$(BIN)/check-wheel-contents dist/*.whl
+	$(BIN)/python -m twine check --strict dist/*
+	ls -l dist
+
+# The wheel in clean environments: which torch, with and without Triton, NumPy and a compiler.
+matrix: $(VENV)/ready-release
+	$(BIN)/python tools/matrix.py $(ARGS)
+
+# Checks that tree, tag, version, changelog and docs agree: make release VERSION=0.1.0
+release:
+	$(PYTHON) tools/release.py $(VERSION)
+
+# The workflows and the forms, against their schemas.
+workflows: $(VENV)/ready-release
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/[!c]*.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.citation-file-format CITATION.cff
+
+$(VENV)/ready-release: $(VENV)/ready requirements-release.txt
+	$(BIN)/pip install --quiet -r requirements-release.txt
+	touch $@
+
 clean:
-	rm -rf .venv .venv-* build *.egg-info
+	rm -rf .venv .venv-* build dist *.egg-info

@@ -46,6 +46,7 @@ class BuildKernels(build_ext):
     nvcc: list[str]
 
     def build_extension(self, ext: Extension) -> None:
+        """Make the objects first, several at a time, and leave the link to setuptools."""
         with ThreadPoolExecutor(JOBS) as pool:
             jobs = [pool.submit(self.compile, source, ext) for source in ext.sources]
             ext.extra_objects = [job.result() for job in jobs]
@@ -54,6 +55,7 @@ class BuildKernels(build_ext):
         super().build_extension(ext)
 
     def compile(self, source: str, ext: Extension) -> str:
+        """Return the object that a source becomes."""
         if source.endswith(".cu"):
             target = Path(self.build_temp, source).with_suffix(".o")
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -75,14 +77,18 @@ def extension(torch: Torch, nvcc: list[str]) -> Extension:
     sources += [path for path in Path().glob("csrc/*.cpp") if nvcc or path.stem != "cuda_ops"]
     sources += Path().glob("csrc/cuda/*.cu") if nvcc else []
     cuda = toolchain.cuda_libraries(nvcc[0]) if nvcc else []
-    macros = [("Py_LIMITED_API", "0x030a0000"), ("TORCH_TARGET_VERSION", "0x020a000000000000")]
+    built = f"torch {torch.version} for {sysconfig.get_platform()} {' '.join(nvcc[2::2])}".strip()
+    macros = [
+        *(("Py_LIMITED_API", "0x030a0000"), ("TORCH_TARGET_VERSION", "0x020a000000000000")),
+        ("FUSEDNORM_BUILT", f'"{built}"'),
+    ]
     return Extension(
         "fusednorm._C",
         sorted(path.as_posix() for path in sources),
         include_dirs=["csrc", str(torch.root / "include")],
         library_dirs=[str(torch.root / "lib"), *cuda],
         # CUDA's runtime is linked in: the same file loads where there is none.
-        libraries=["torch", "torch_cpu", *(["cudart_static", "rt", "dl"] if nvcc else [])],
+        libraries=["torch", "torch_cpu", *(["cudart_static", "rt"] if nvcc else []), "dl"],
         define_macros=[*macros, *([("FUSEDNORM_CUDA", None)] if nvcc else [])],
         py_limited_api=True,
         language="c++",
@@ -97,7 +103,10 @@ if __name__ == "__main__":
         setup(
             ext_modules=[extension(*chosen)],
             cmdclass={"build_ext": BuildKernels},
-            options={"bdist_wheel": {"py_limited_api": "cp310"}},
+            options={
+                "bdist_wheel": {"py_limited_api": "cp310"},
+                "egg_info": {"tag_build": toolchain.local_version(*chosen)},
+            },
         )
     else:
         setup()

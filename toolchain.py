@@ -125,6 +125,11 @@ def requirements() -> list[str]:
     return []
 
 
+def local_version(torch: Torch, nvcc: list[str]) -> str:
+    """Return what a build with CUDA kernels adds to the version, like +cu130."""
+    return f"+cu{''.join(map(str, _version(torch.cuda)))}" if nvcc and torch.cuda else ""
+
+
 def cuda_libraries(nvcc: str) -> list[str]:
     """Return the folders in which nvcc looks for CUDA's libraries."""
     done = subprocess.run([nvcc, "--dryrun", "any.cu"], capture_output=True, text=True, check=False)

@@ -19,5 +19,8 @@ PyMODINIT_FUNC PyInit__C() {
 #ifdef FUSEDNORM_CUDA
   if (PyModule_AddFunctions(created, fusednorm::cuda_methods) < 0) return nullptr;
 #endif
+  // For `python -m fusednorm`.
+  const char* const built = "built with " FUSEDNORM_BUILT ", compiler " __VERSION__;
+  if (PyModule_AddStringConstant(created, "built", built) < 0) return nullptr;
   return created;
 }

@@ -1,6 +1,6 @@
 """Fused norms for torch: LayerNorm, RMSNorm and the terms around them, on Triton kernels."""
 
-from fusednorm import backends
+from fusednorm import _version, backends  # noqa: F401  (the first refuses an old torch)
 from fusednorm._version import __version__
 from fusednorm.functional import (
     add_layer_norm,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import re
 import subprocess
 import venv
@@ -13,7 +14,10 @@ from types import SimpleNamespace
 import pytest
 import setuptools
 
+import fusednorm
+
 ROOT = Path(__file__).resolve().parents[1]
+VERSION = fusednorm.__version__
 
 
 TREE = ["setup.py", "toolchain.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"]
@@ -54,7 +58,8 @@ def build(bare_python: SimpleNamespace, tmp_path: Path) -> Build:
         tools.mkdir()
         if nvcc is not None:
             known = "7.5 8.0 8.6 9.0 9.0a" + (" 10.0" if nvcc >= "12.8" else "")
-            (tools / "nvcc").write_text(NVCC.format(version=nvcc, known=known.replace(".", "")))
+            text = NVCC.format(version=nvcc, known=known.replace(".", ""))
+            (tools / "nvcc").write_text(text + RECORD)
             (tools / "nvcc").chmod(0o755)
         environment = {
             "PATH": os.environ["PATH"],
@@ -77,7 +82,12 @@ def build(bare_python: SimpleNamespace, tmp_path: Path) -> Build:
     return run
 
 
-# Compiles for what it knows.
+# They write down what they are told to do and leave an empty file; this nvcc compiles for what it
+# knows.
+RECORD = """
+echo "$0 $@" >> commands.txt
+while [ $# -gt 1 ]; do if [ "$1" = -o ]; then touch "$2"; fi; shift; done
+"""
 NVCC = """#!/bin/sh
 if [ "$1" = --version ]; then echo "release {version}, V{version}.0"; exit; fi
 for argument; do
@@ -201,3 +211,39 @@ def test_what_an_isolated_build_installs(
     done = build("-c", ask, **given)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == str(expected)
+
+
+def test_what_is_compiled_and_how(build: Build, tmp_path: Path) -> None:
+    """Each source once, with the flags of its level; kernels of CUDA by nvcc; all of it linked."""
+    compiler = tmp_path / "c++"
+    compiler.write_text("#!/bin/sh" + RECORD)
+    compiler.chmod(0o755)
+    done = build(
+        *("setup.py", "bdist_wheel"),
+        cuda="13.0",
+        nvcc="13.0",
+        CXX=str(compiler),
+        CC=str(compiler),
+        FUSEDNORM_BUILD="cuda",
+    )
+    assert done.returncode == 0, done.stderr
+    tree = tmp_path / "tree"
+    commands = (tree / "commands.txt").read_text().splitlines()
+    by_source = {
+        found[1]: command
+        for command in commands
+        if (found := re.search(r" -c (csrc/\S+)", command)) is not None
+    }
+    sources = [path for end in ("cpp", "cu") for path in (ROOT / "csrc").rglob(f"*.{end}")]
+    if platform.machine() != "x86_64":
+        sources = [path for path in sources if not path.stem.startswith("avx")]
+    assert sorted(by_source) == sorted(path.relative_to(ROOT).as_posix() for path in sources)
+    for source, command in by_source.items():
+        assert ("/nvcc " in command) == source.endswith(".cu"), source
+        assert ("-mavx2" in command) == ("/avx" in source), source
+        assert ("-mavx512bf16" in command) == source.endswith("_bf16.cpp"), source
+    objects = {Path(source).with_suffix(".o").as_posix() for source in by_source}
+    linked = commands[-1]
+    assert all(one in linked for one in (*objects, "-lcudart_static", "-ltorch_cpu"))
+    [wheel] = (tree / "dist").glob("*.whl")
+    assert wheel.name.startswith(f"fusednorm-{VERSION}+cu130-cp310-abi3-")
