@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import plain_spec
+from torch import Tensor
 
 import fusednorm
 from fusednorm import backends, reference
@@ -17,6 +18,9 @@ from fusednorm.triton_kernels.launch import drop_below
 
 ALMOST_ONE = math.nextafter(1.0, 0.0)
 BELOW_ZERO = math.nextafter(0.0, -1.0)
+
+# With this key the second word of the generator's first four is 2^32 - 1.
+KEY = 454088803
 
 
 @pytest.fixture(params=backends.available())
@@ -56,12 +60,32 @@ def test_rate_of_almost_one_drops_all(backend: str, device: torch.device, p: flo
     assert not dx.any()
 
 
-def test_rate_of_almost_one_drops_all_in_the_reference() -> None:
-    """The equation in plain torch takes the same words as the kernels."""
-    x = torch.ones(3, 9)
+def one_kept() -> Tensor:
+    """Return which of the first row's elements a rate of almost one keeps with the key `KEY`."""
+    kept = torch.zeros(1, 9, dtype=torch.bool)
+    kept[0, 1] = True
+    return kept
+
+
+def test_the_word_that_is_kept(
+    backend: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rounded down to a word, the rate keeps the largest one."""
+    if backend == "torch":
+        pytest.skip("it has another generator")
+    x = torch.ones(1, 9, device=device)
+    monkeypatch.setattr(torch, "randint", lambda *_, **__: torch.tensor([KEY], device=device))
+    h = fusednorm.add_layer_norm(x, None, 9, dropout_p=ALMOST_ONE)[1]
+    assert torch.equal((h != 0).cpu(), one_kept())
+
+
+def test_the_word_that_is_kept_in_the_reference() -> None:
+    """The equation in plain torch compares the same words with the same one."""
+    x = torch.ones(1, 9)
     spec = plain_spec((9,), 1e-5, x.dtype)._replace(h_dtype=x.dtype, dropout_p=ALMOST_ONE)
-    seed = torch.tensor([5])
-    assert not reference.layer_norm(x, None, None, None, None, None, None, seed, spec)[1].any()
+    seed = torch.tensor([KEY])
+    h = reference.layer_norm(x, None, None, None, None, None, None, seed, spec)[1]
+    assert torch.equal(h != 0, one_kept())
 
 
 @pytest.mark.parametrize("p", [0.0, -0.0, 5e-324, ALMOST_ONE])
