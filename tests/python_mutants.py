@@ -30,7 +30,7 @@ TESTS = {
     "fusednorm.modules": "test_modules",
     "fusednorm.ops": "test_limits test_backends test_compile",
     "fusednorm.reference": "test_limits test_dropout test_autograd",
-    "fusednorm.replace": "test_replace",
+    "fusednorm.replace": "test_limits test_replace",
     "fusednorm.spec": "test_limits test_validation test_layouts",
     "fusednorm.validation": "test_limits test_validation",
     "fusednorm.triton_kernels.config": "test_config",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -199,3 +200,15 @@ def test_fewer_rows_than_threads(samples: int) -> None:
             torch.set_num_threads(threads)
     for ours, alone in zip(*results, strict=True):
         torch.testing.assert_close(ours, alone, rtol=1e-5, atol=1e-4)
+
+
+# What a message shows
+
+
+@pytest.mark.parametrize("count", [8, 9])
+def test_names_in_a_message(count: int) -> None:
+    """Up to eight are shown, and that there are more."""
+    model = torch.nn.Sequential(*(torch.nn.LayerNorm(4) for _ in range(count)))
+    shown = ", ".join(f"'{i}'" for i in range(8)) + (", '...'" if count > 8 else "")
+    with pytest.raises(ValueError, match=rf"got none of \[{re.escape(shown)}\]"):
+        fusednorm.replace_norms(model, include="nothing*")
