@@ -15,6 +15,12 @@ from torch import Tensor
 
 import fusednorm
 from fusednorm import backends, reference
+from fusednorm.triton_kernels.config import (
+    Architecture,
+    backward_config,
+    finalize_tile,
+    forward_config,
+)
 from fusednorm.triton_kernels.launch import drop_below
 
 ALMOST_ONE = math.nextafter(1.0, 0.0)
@@ -212,3 +218,55 @@ def test_names_in_a_message(count: int) -> None:
     shown = ", ".join(f"'{i}'" for i in range(8)) + (", '...'" if count > 8 else "")
     with pytest.raises(ValueError, match=rf"got none of \[{re.escape(shown)}\]"):
         fusednorm.replace_norms(model, include="nothing*")
+
+
+# Launch policy
+
+
+H100 = Architecture(warp_size=32, processors=132, shared_bytes=232448, registers=65536)
+
+
+@pytest.mark.parametrize(("itemsize", "longest"), [(2, 32768), (4, 32768), (8, 8192)])
+def test_longest_row_of_a_forward_that_reads_once(itemsize: int, longest: int) -> None:
+    """One more column is walked in a loop."""
+    assert not forward_config(longest, itemsize, H100).looped
+    assert forward_config(longest + 1, itemsize, H100).looped
+
+
+@pytest.mark.parametrize(
+    ("itemsize", "gate_gradient", "resident", "reload"),
+    [
+        (2, False, 8192, 12288),
+        (2, True, 4096, 6144),
+        (4, False, 8192, 8192),
+        (4, True, 4096, 4096),
+        (8, False, 4096, 4096),
+        (8, True, 2048, 2048),
+    ],
+)
+def test_longest_row_of_each_form_of_the_backward(
+    itemsize: int, gate_gradient: bool, resident: int, reload: int
+) -> None:
+    """Sixteen-bit rows are read twice before they are split; wider ones are split at once."""
+
+    def form(cols: int) -> str:
+        return backward_config(cols, itemsize, H100, 2 * itemsize, gate_gradient).form
+
+    assert form(resident) == "resident"
+    assert form(resident + 1) == ("reload" if reload > resident else "split")
+    assert form(reload) == ("reload" if reload > resident else "resident")
+    assert form(reload + 1) == "split"
+
+
+def test_widest_row_of_narrow_partial_sums() -> None:
+    """A block is a cache line up to 8192 columns, and a kilobyte of floats from there on."""
+    assert finalize_tile(8192, H100).block_n == 32
+    assert finalize_tile(8193, H100).block_n == 256
+
+
+def test_most_registers() -> None:
+    """A thread has at most 255, which is no multiple of eight, or what the others leave."""
+    assert H100.max_registers(4) == 255
+    assert H100.max_registers(8) == 255
+    assert H100.max_registers(8, 2) == 128
+    assert H100.max_registers(12) == 168
