@@ -23,11 +23,12 @@ from setuptools.command.build_ext import build_ext
 
 CHOICES = ("none", "cpu", "cuda", "auto")
 SOURCES = [
-    *("csrc/extension.cpp", "csrc/eager.cpp", "csrc/cpu_ops.cpp"),
-    *("csrc/cpu/levels.cpp", "csrc/cpu/portable.cpp"),
+    *("csrc/extension.cpp", "csrc/eager.cpp", "csrc/cpu_ops.cpp", "csrc/cpu_launch.cpp"),
+    *("csrc/operators.cpp", "csrc/cpu/levels.cpp", "csrc/cpu/portable.cpp"),
 ]
 HEADERS = [
-    *("equation.h", "tensors.h", "eager.h", "cpu_ops.h"),
+    *("equation.h", "tensors.h", "eager.h", "cpu_ops.h", "cpu_launch.h"),
+    *("operators.h", "boxed.h"),
     *("cpu/layer_norm.h", "cpu/levels.h", "cpu/kernels.h", "cpu/simd.h"),
 ]
 CUDA_SOURCES = ["csrc/cuda_ops.cpp", "csrc/cuda/forward.cu", "csrc/cuda/backward.cu"]

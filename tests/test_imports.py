@@ -20,7 +20,10 @@ PUBLIC = frozenset(fusednorm.__all__)
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("bench", "examples"),
     ("fusednorm", "fusednorm.__main__"),
-    ("fusednorm.functional", "fusednorm.modules", "fusednorm.replace"),
+    (
+        *("fusednorm.functional", "fusednorm.modules", "fusednorm.replace"),
+        "fusednorm.torch_operators",
+    ),
     ("fusednorm.autograd",),
     ("fusednorm.ops", "fusednorm.backends"),
     ("fusednorm.triton_kernels", "fusednorm.cuda", "fusednorm.csrc", "fusednorm.reference"),
