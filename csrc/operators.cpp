@@ -25,9 +25,8 @@ enum Operator { layer_norm_fwd, layer_norm_bwd, rms_norm_fwd, rms_norm_bwd, oper
 constexpr const char* operator_names[] = {"native_layer_norm", "native_layer_norm_backward",
                                           "_fused_rms_norm", "_fused_rms_norm_backward"};
 
-// Calls that the kernels served, and calls that have not returned.
+// Calls that the kernels served.
 std::atomic<int64_t> served[operator_count];
-std::atomic<int64_t> running;
 
 // What serves the others, called with an operator's arguments; set before it can be needed, and
 // read under Python's lock.
@@ -48,7 +47,7 @@ class WithGil {
 // How torch's Python and the stable ABI exchange tensors.
 struct Exchange {
   Ref module{PyImport_ImportModule("torch._C._aoti")};
-  Ref wrap = member(module, "alloc_tensor_by_stealing_from_void_ptr");
+  Ref wrap = member(module, "alloc_tensors_by_stealing_from_void_ptrs");
   Ref unwrap = member(module, "unsafe_alloc_void_ptr_from_tensor");
 };
 
@@ -65,10 +64,11 @@ Ref list(int64_t count, Item&& item) {
 }
 
 Ref wrap(Tensor tensor) {
-  const Ref capsule(PyCapsule_New(tensor.get(), nullptr, nullptr));
-  Ref wrapped(PyObject_CallFunctionObjArgs(exchange().wrap.get(), capsule.get(), nullptr));
+  Ref capsule(PyCapsule_New(tensor.get(), nullptr, nullptr));
+  const Ref one = list(1, [&](int64_t) { return std::move(capsule); });
+  const Ref wrapped(PyObject_CallFunctionObjArgs(exchange().wrap.get(), one.get(), nullptr));
   tensor.release();
-  return wrapped;
+  return Ref(PySequence_GetItem(wrapped.get(), 0));
 }
 
 Tensor unwrap(PyObject* tensor) {
@@ -131,10 +131,6 @@ void hand_on(Stack& stack, Operator which) {
 
 // Serves a call by `kernel`, which returns false before it has done anything where it cannot.
 void serve(StableIValue* values, const char* kinds, Operator which, bool (*kernel)(Stack&)) {
-  struct Running {
-    Running() { running.fetch_add(1, std::memory_order_relaxed); }
-    ~Running() { running.fetch_sub(1, std::memory_order_relaxed); }
-  } const counted;
   Stack stack(values, kinds);
   if (kernel(stack))
     served[which].fetch_add(1, std::memory_order_relaxed);
@@ -426,9 +422,9 @@ PyObject* unregister_operators(PyObject*, PyObject*) {
 }
 
 PyObject* operator_calls(PyObject*, PyObject*) {
-  return Py_BuildValue("{sLsLsLsLsL}", operator_names[0], served[0].load(), operator_names[1],
+  return Py_BuildValue("{sLsLsLsL}", operator_names[0], served[0].load(), operator_names[1],
                        served[1].load(), operator_names[2], served[2].load(), operator_names[3],
-                       served[3].load(), "running", running.load());
+                       served[3].load());
 }
 
 }  // namespace
@@ -439,7 +435,7 @@ PyMethodDef operator_methods[] = {
      "functions serve what they cannot."},
     {"unregister_operators", unregister_operators, METH_NOARGS, "Take them out again."},
     {"operator_calls", operator_calls, METH_NOARGS,
-     "The number of calls of each operator that the kernels served so far, and of those running."},
+     "The number of calls of each operator that the kernels served so far."},
     {nullptr, nullptr, 0, nullptr},
 };
 

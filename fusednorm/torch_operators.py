@@ -12,6 +12,7 @@ Example:
 
 from __future__ import annotations
 
+import collections
 import importlib
 import os
 import threading
@@ -167,9 +168,7 @@ def _names(op: str, devices: str | torch.device | Iterable[str | torch.device]) 
     return names
 
 
-def _kinds(
-    op: str, devices: str | torch.device | Iterable[str | torch.device] | None
-) -> list[str]:
+def _kinds(op: str, devices: str | torch.device | Iterable[str | torch.device] | None) -> list[str]:
     """Return the kinds of device to enable, each of which has a backend."""
     if devices is None:
         missing = {name: _missing(name) for name in ("cpu", "cuda")}
@@ -219,14 +218,14 @@ def _rms_norm_bwd(
     weight: Tensor | None,
     output_mask: list[bool],
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Differentiate an RMS norm of any dtype: torch has no kernel for it on the CPU."""
+    """Differentiate any RMS norm: torch has no kernel for it on the CPU."""
     inner = tuple(range(x.dim() - len(normalized_shape), x.dim()))
-    wide = torch.promote_types(x.dtype, rstd.dtype)
-    g, x_hat = dz.to(wide), (x.to(wide) * rstd).conj()
+    compute = compute_dtype(x.dtype)
+    g, x_hat = dz.to(compute), x.to(compute) * rstd
     dweight = (g * x_hat).sum(tuple(range(inner[0]))) if inner[0] else g * x_hat
     if weight is not None:
-        g = g * weight.to(wide).conj()
-    dx = (g - x_hat * (g * x_hat).mean(inner, keepdim=True)) * rstd.conj()
+        g = g * weight.to(compute)
+    dx = (g - x_hat * (g * x_hat).mean(inner, keepdim=True)) * rstd
     return (
         dx.to(x.dtype) if output_mask[0] else None,
         dweight.to(weight.dtype) if output_mask[1] and weight is not None else None,
@@ -240,16 +239,12 @@ class _OnCpu:
         _spend_the_warning()
         others = [_previous(name, "CPU") for name in OPERATORS[:-1]]
         _extension().register_operators(*others, _rms_norm_bwd)
-        # Torch reads from the registered function when a call of it has returned.
-        self._functions = [torch.library.get_kernel(f"aten::{name}", "CPU") for name in OPERATORS]
+        # A thread that has begun a call reads what was registered until it has returned.
+        _in_use.append([torch.library.get_kernel(f"aten::{name}", "CPU") for name in OPERATORS])
 
     def remove(self) -> None:
         """Put torch's kernels back."""
-        extension = _extension()
-        extension.unregister_operators()
-        if not extension.operator_calls()["running"]:
-            _retired.clear()
-        _retired.append(self._functions)
+        _extension().unregister_operators()
 
 
 class _InPython:
@@ -260,12 +255,11 @@ class _InPython:
 
     def __init__(self, key: str) -> None:
         _spend_the_warning()
-        self._before: dict[str, Any] = {}
-        for name in OPERATORS:
-            try:
-                self._before[name] = torch.library.get_kernel(f"aten::{name}", key)
-            except RuntimeError:  # there is none
-                continue
+        self._before = {
+            name: torch.library.get_kernel(f"aten::{name}", key)
+            for name in OPERATORS
+            if torch._C._dispatch_has_computed_kernel_for_dispatch_key(f"aten::{name}", key)
+        }
         self._library = torch.library.Library("aten", "IMPL")
         implementations = (self._norm, self._norm_bwd, self._rms_norm, self._rms_norm_bwd)
         try:
@@ -349,9 +343,7 @@ def _is_served(
         return False
     half = x.dtype in (torch.float16, torch.bfloat16)
     dtypes = {parameter.dtype for parameter in (weight, bias) if parameter is not None}
-    return (
-        dtypes <= {x.dtype} or (half and dtypes == {torch.float32})
-    ) and all(
+    return (dtypes <= {x.dtype} or (half and dtypes == {torch.float32})) and all(
         parameter is None or (list(parameter.shape) == list(shape) and parameter.device == x.device)
         for parameter in (weight, bias)
     )
@@ -377,7 +369,13 @@ _served = dict.fromkeys(OPERATORS, 0)
 
 
 def _forward(
-    x: Tensor, shape: list[int], weight: Tensor | None, bias: Tensor | None, eps: float, *, rms: bool
+    x: Tensor,
+    shape: list[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    *,
+    rms: bool,
 ) -> tuple[Tensor, ...]:
     """Return z, mean (not for RMS) and rstd, the last two of x's shape with 1 for each column."""
     kernels: Any = ops.kernels(x.device)
@@ -436,7 +434,7 @@ def _spend_the_warning() -> None:
 
 _lock = threading.RLock()
 _registrations: dict[str, _OnCpu | _InPython] = {}
-_retired: list[list[Any]] = []
+_in_use: collections.deque[list[Any]] = collections.deque(maxlen=256)
 
 
 def _new_lock() -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import DTYPES, Case, assert_accurate, make_case
+from helpers import DTYPES, Case, add_terms, assert_accurate, make_case
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.overrides import TorchFunctionMode
@@ -33,9 +33,11 @@ with warnings.catch_warnings():
     except ImportError:  # torch's cases need expecttest
         op_db, module_db = [], []
 
-pytestmark = pytest.mark.skipif(
-    backends.extension_missing() is not None, reason="the extension is not built"
-)
+pytestmark = [
+    pytest.mark.skipif(backends.extension_missing() is not None, reason="no extension was built"),
+    # Torch's forward mode and its compiler import what torch deprecates.
+    pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning"),
+]
 
 LAYER_NORM, LAYER_NORM_BWD, RMS_NORM, RMS_NORM_BWD = torch_operators.OPERATORS
 
@@ -124,28 +126,18 @@ class _Torchs(torch.autograd.Function):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_rms_norm_is_accurate(dtype: torch.dtype, enabled: None) -> None:
-    x, weight = torch.randn(33, 1000).to(dtype), torch.randn(1000).to(dtype)
+def test_rms_norm_is_at_least_as_accurate_as_torchs(dtype: torch.dtype, enabled: None) -> None:
+    def ours(*arguments: Any) -> Tensor:
+        return rms_norm(*arguments[:5])
 
-    def norm(x: Tensor, weight: Tensor) -> Tensor:
-        return F.rms_norm(x, (1000,), weight)
+    def torchs(*arguments: Any) -> Any:
+        return theirs(lambda: rms_norm(*arguments[:5]))
 
-    with served(**{RMS_NORM: 1, RMS_NORM_BWD: 1}):
-        ours = gradients(norm, x, weight)
-    eps = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
+    def draw() -> Case:
+        return add_terms(make_case(33, 1000, dtype, torch.device("cpu")), rms=True)
 
-    def exactly(x: Tensor, weight: Tensor) -> Tensor:
-        return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * weight
-
-    torchs = theirs(lambda: gradients(norm, x, weight))
-    leaves = [value.double().requires_grad_() for value in (x, weight)]
-    dy = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
-    y = exactly(*leaves)
-    exact = [y.detach(), *torch.autograd.grad(y, leaves, dy.double())]
-    for name, our, their, true in zip(("y", "dx", "dweight"), ours, torchs, exact, strict=True):
-        unit = torch.finfo(dtype).eps * float(true.abs().max())
-        error = float((our.double() - true).abs().max())
-        assert error <= float((their.double() - true).abs().max()) + unit, name
+    with served(**{RMS_NORM: 2, RMS_NORM_BWD: 2}):
+        assert_accurate(draw, ours, torchs, draws=2)
 
 
 @pytest.mark.parametrize("norm", [layer_norm, rms_norm])
@@ -210,9 +202,7 @@ def calls_of_operators() -> dict[str, Callable[[], Any]]:
         "backward without rows": lambda: bwd(
             x[:0], x[:0], (8,), mean[:0], rstd[:0], w, w, [True] * 3
         ),
-        "backward of another dtype": lambda: bwd(
-            x.double(), x, (8,), mean, rstd, w, w, [True] * 3
-        ),
+        "backward of another dtype": lambda: bwd(x.double(), x, (8,), mean, rstd, w, w, [True] * 3),
         "rms": lambda: rms(x, (8,), w, None),
         "rms of two dimensions": lambda: rms(x, (5, 8), x[0], 1e-3),
         "rms transposed": lambda: rms(x.transpose(1, 2), (5,), None, 1e-5),
@@ -305,7 +295,7 @@ def test_float32_statistics_lie_behind_the_rounded_ones(dtype: torch.dtype, enab
     unit = torch.finfo(dtype).eps * exact.abs().max()
     assert (dweight(mean, rstd) - exact).abs().max() <= unit
     copied = dweight(mean.clone(), rstd.clone())
-    assert (copied - exact).abs().max() > unit
+    assert (copied - exact).abs().max() > 2 * (dweight(mean, rstd) - exact).abs().max()
     assert_close(copied, dweight(mean.float(), rstd.float()))
     moved = mean.clone()
     mean.add_(1)
@@ -322,12 +312,10 @@ def test_a_graph_outlives_disable() -> None:
         torch.autograd.grad(y.sum(), x)
 
 
-def test_rms_norm_of_complex_numbers_differentiates(enabled: None) -> None:
+def test_rms_norm_of_complex_numbers_is_torchs(enabled: None) -> None:
     x = torch.randn(3, 6, dtype=torch.complex128, requires_grad=True)
-    w = torch.randn(6, dtype=torch.complex128, requires_grad=True)
-    assert torch.autograd.gradcheck(
-        lambda x, w: torch._fused_rms_norm(x, (6,), w, 1e-3)[0], (x, w), check_grad_dtypes=True
-    )
+    with served():
+        assert torch.autograd.gradcheck(lambda x: F.rms_norm(x, (6,), eps=1e-3), x)
 
 
 # Torch's own cases
@@ -357,7 +345,11 @@ def test_torchs_samples(info: Any, dtype: torch.dtype, enabled: None) -> None:
     samples = sample_inputs(info, dtype, False)
     for sample in samples:
         call = lambda s=sample: info(s.input, *s.args, **s.kwargs)  # noqa: E731
-        assert_close(call(), theirs(call))
+        # Torch's own bfloat16 norm of a row of one column is not quite 0.
+        atol = torch.finfo(dtype).eps
+        torch.testing.assert_close(
+            call(), theirs(call), atol=atol, rtol=2 * atol, check_stride=True
+        )
     assert sum(torch_operators.calls().values()) > before
 
 
@@ -395,7 +387,7 @@ def test_torchs_module_samples(module: type[nn.Module], enabled: None) -> None:
         (x,) = given.forward_input.args
 
         def run(made: nn.Module = made, x: Tensor = x) -> list[Tensor]:
-            return gradients(lambda x, *_: made(x), x)
+            return gradients(made, x)
 
         assert_close(run(), theirs(run))
 
@@ -523,7 +515,7 @@ def test_onnx(norms: Norms, enabled: None) -> None:
 def test_aot_eager(dtype: torch.dtype, norms: Norms, enabled: None) -> None:
     norms.to(dtype)
     x = torch.randn(3, 16).to(dtype)
-    expected = gradients(lambda x, *_: norms(x), x, *norms.parameters())
+    expected = gradients(norms, x)
     compiled = torch.compile(norms, backend="aot_eager", fullgraph=True)
 
     def run() -> list[Tensor]:
@@ -536,7 +528,7 @@ def test_aot_eager(dtype: torch.dtype, norms: Norms, enabled: None) -> None:
     run()
     with served(**BOTH_WAYS):
         y, dx = run()
-    assert_close([y, dx], expected[:2])
+    assert_close([y, dx], expected)
 
 
 def test_inductor(norms: Norms, enabled: None) -> None:
