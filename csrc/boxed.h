@@ -39,10 +39,6 @@ inline DType dtype_of(AtenTensorHandle tensor) {
 
 inline bool is_half(DType dtype) { return dtype == DType::f16 || dtype == DType::bf16; }
 
-inline int64_t size_of(DType dtype) {
-  return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
-}
-
 inline void* address(AtenTensorHandle tensor) {
   void* data = nullptr;
   if (tensor) TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(tensor, &data));
@@ -142,8 +138,8 @@ inline Tensor contiguous(AtenTensorHandle tensor, DType dtype) {
 
 // The values on a stack: arguments, which it owns until they are handed on, then results.
 //
-// `kinds` names the arguments: (t)ensor, int(s), (f)loat, (b)ool, bool(m)ask and (d)type; a capital
-// letter is an optional one.
+// `kinds` names the arguments: (t)ensor, int(s), (f)loat and bool(m)ask; a capital letter is an
+// optional one.
 class Stack {
  public:
   Stack(StableIValue* values, const char* kinds) : values_(values), kinds_(kinds) {}
@@ -169,9 +165,6 @@ class Stack {
     TORCH_ERROR_CODE_CHECK(aoti_torch_is_defined(tensor, &defined));
     return defined ? tensor : nullptr;
   }
-
-  // The dtype of an argument, none where it is absent or the kernels do not have it.
-  DType dtype(int i) const { return has(i) ? boxed::dtype(get<int32_t>(i)) : DType::none; }
 
   int64_t count(int i) const {
     size_t count;
@@ -261,16 +254,6 @@ class Layout {
     if (tensor == nullptr) return {};
     if (!is_contiguous(tensor)) tensor = keep(contiguous(tensor, dtype_of(tensor)));
     return {address(tensor), 0, false, dtype_of(tensor)};
-  }
-
-  // A gate, scale or shift, [1 or S, N or 1], or the gradient of one.
-  Term term(AtenTensorHandle tensor) {
-    if (tensor == nullptr) return {};
-    const bool is_number = sizes(tensor)[1] < cols_;
-    if (!is_number && cols_ > 1 && strides(tensor)[1] != 1)
-      tensor = keep(contiguous(tensor, dtype_of(tensor)));
-    const int64_t distance = sizes(tensor)[0] == 1 ? 0 : strides(tensor)[0];
-    return {address(tensor), distance, is_number, dtype_of(tensor)};
   }
 
   AtenTensorHandle keep(Tensor copy) {

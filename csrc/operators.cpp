@@ -1,6 +1,5 @@
-// The CPU kernels as torch's own operators and as ours, boxed: no Python between
-// torch.nn.functional and a kernel. What the kernels do not do is handed to Python, which has what
-// was there before.
+// The CPU kernels as torch's own operators, boxed: no Python between torch.nn.functional and a
+// kernel. What the kernels do not do is handed to Python, which has what was there before.
 #include "operators.h"
 
 #include <atomic>
