@@ -89,9 +89,7 @@ Ref to_python(Stack& stack, int i) {
     case 'm':
       return list(stack.count(i),
                   [&](int64_t k) { return Ref(PyBool_FromLong(stack.item<bool>(i, k))); });
-    case 'f': return Ref(PyFloat_FromDouble(stack.get<double>(i)));
-    case 'b': return Ref(PyBool_FromLong(stack.get<bool>(i)));
-    default: return shared(names().dtypes[int(stack.dtype(i))].get());
+    default: return Ref(PyFloat_FromDouble(stack.get<double>(i)));
   }
 }
 
