@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -15,7 +17,9 @@ import pytest
 import torch
 import triton
 from fake_gpu.uses import Call, Use, backward, forward, uses
+from triton.runtime import build
 
+from fusednorm import backends
 from fusednorm.triton_kernels import plans
 from fusednorm.triton_kernels.backward import layer_norm_bwd
 from fusednorm.triton_kernels.forward import layer_norm_fwd
@@ -205,3 +209,23 @@ def test_an_unknown_triton_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> Non
         monkeypatch.setattr(triton, "__version__", version)
         found = plans.repeater.__wrapped__(device)
         assert found.name == (name or REPEATERS[-1]), found
+
+
+def test_without_a_c_compiler_torch_is_chosen(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Triton compiles what starts its kernels; whoever runs it in a bare image is told."""
+    device = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert backends._triton_unfit.__wrapped__(device) is None
+    if hasattr(build, "_find_compiler"):  # remembers what it found
+        monkeypatch.setattr(build, "_find_compiler", build._find_compiler.__wrapped__)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(sys.modules["triton.runtime.driver"], "_create_driver", fake_gpu._Driver)
+    for kept in ("_active", "_default"):
+        monkeypatch.setattr(triton.runtime.driver, kept, None)
+    reason = backends._triton_unfit.__wrapped__(device)
+    assert reason is not None
+    assert "Failed to find C compiler" in reason
