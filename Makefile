@@ -19,7 +19,7 @@ test: $(VENV)/ready
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(SOURCES) $(wildcard tests/simt/*)
+	$(BIN)/clang-format --dry-run --Werror $(SOURCES) $(wildcard tests/simt/* tests/fake_gpu/*.c)
 	$(BIN)/mypy -p fusednorm
 
 # Two minutes of the benchmark: table, plots and page in bench/results. ARGS="--help" for more.
@@ -36,18 +36,18 @@ $(VENV)/ready: requirements-dev.txt pyproject.toml setup.py $(SOURCES)
 	FUSEDNORM_BUILD=$(FUSEDNORM_BUILD) $(BIN)/pip install --quiet --no-build-isolation --no-deps -e .
 	touch $@
 
-# The code-generation tests under another Triton: make codegen TRITON=3.6.0
+# What depends on Triton's version, under another one: make codegen TRITON=3.6.0
 TRITON ?= 3.6.0
 CODEGEN_VENV := .venv-triton-$(TRITON)
 
 codegen: $(CODEGEN_VENV)/ready
-	$(CODEGEN_VENV)/bin/python -m pytest tests/test_codegen.py $(ARGS)
+	$(CODEGEN_VENV)/bin/python -m pytest tests/test_codegen.py tests/test_fake_gpu.py $(ARGS)
 
-$(CODEGEN_VENV)/ready: requirements-dev.txt pyproject.toml setup.py
+$(CODEGEN_VENV)/ready: requirements-dev.txt pyproject.toml setup.py $(SOURCES)
 	$(PYTHON) -m venv $(CODEGEN_VENV)
 	grep -v '^triton==' requirements-dev.txt | sed 's/^numpy==.*/numpy<2.4/' > $(CODEGEN_VENV)/requirements.txt
 	$(CODEGEN_VENV)/bin/pip install --quiet -r $(CODEGEN_VENV)/requirements.txt triton==$(TRITON)
-	FUSEDNORM_BUILD=none $(CODEGEN_VENV)/bin/pip install --quiet --no-build-isolation --no-deps -e .
+	FUSEDNORM_BUILD=$(FUSEDNORM_BUILD) $(CODEGEN_VENV)/bin/pip install --quiet --no-build-isolation --no-deps -e .
 	touch $@
 
 clean:

@@ -37,6 +37,8 @@ def main() -> int:
         print(f"{_name(device)}\n  runs      {choice}")
         if (other := backends.explain(torch.empty(0, device=device), plain=False)) != choice:
             print(f"            all else in {other}")
+        if choice.backend == "triton":
+            print(f"  launches  {_repeater(device)}")
         with backends.use(choice.backend):
             failed |= not _self_check(device)
     if not torch.cuda.is_available():
@@ -58,6 +60,11 @@ def _extension() -> str:
     has_cuda = backends.cuda_missing() is None
     level = importlib.import_module("fusednorm._C").level()
     return f"cpu kernels for {level}, {'cuda kernels' if has_cuda else 'no cuda kernels'}"
+
+
+def _repeater(device: torch.device) -> str:
+    """Return who starts Triton's kernels on `device`, and why."""
+    return str(importlib.import_module("fusednorm.triton_kernels.plans").repeater(device))
 
 
 def _devices() -> list[torch.device]:

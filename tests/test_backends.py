@@ -161,6 +161,7 @@ def test_auto_on_cuda(
     """The kernels run where Triton compiles for the device; AMD counts capabilities differently."""
     detection.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     detection.setattr(torch.version, "hip", hip)
+    detection.setattr(backends, "_driver_missing", lambda: None)
     x = _cuda_tensor()
     assert backends.explain(x) == expected
     assert backends.select(x) == expected.backend
