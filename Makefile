@@ -23,7 +23,7 @@ test: $(VENV)/ready
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(SOURCES) $(wildcard tests/simt/* tests/nvcc/*)
+	$(BIN)/clang-format --dry-run --Werror $(SOURCES) $(wildcard tests/simt/* tests/nvcc/* tests/fake_gpu/*.c)
 	$(BIN)/mypy -p fusednorm -p bench
 	$(BIN)/mypy toolchain.py tools triton_kernels/config.py
 	$(BIN)/codespell $$(git ls-files)

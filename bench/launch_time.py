@@ -8,13 +8,11 @@ nothing: what is left is what the host does.
 
 from __future__ import annotations
 
-import contextlib
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
-from typing import Any
 from unittest import mock
 
 import torch
@@ -27,27 +25,10 @@ import fake_gpu
 
 import fusednorm
 from fusednorm import backends
-from fusednorm.triton_kernels import launch
 
 ROUNDS, CALLS = 60, 20
 ROWS, COLS = 64, 1024
 WAYS = ("triton", "python", "extension")
-
-
-def start_by_triton(
-    kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
-) -> None:
-    """Start a kernel as Triton's documentation does it, binding its arguments each time."""
-    kernel[grid](*arguments, **constants)
-
-
-@contextlib.contextmanager
-def going(way: str) -> Iterator[None]:
-    """Let kernels be started by Triton alone, by our Python, or by the extension."""
-    native = way == "extension" and launch._C is not None
-    start = start_by_triton if way == "triton" else launch.start
-    with fake_gpu.serving(native=native), mock.patch.object(launch, "start", start):
-        yield
 
 
 def steps() -> dict[str, Callable[[], object]]:
@@ -103,7 +84,7 @@ def main() -> None:
         for _ in range(ROUNDS + 2):
             for name, step in steps().items():
                 for way in WAYS:
-                    with going(way):
+                    with fake_gpu.serving(way):
                         times.setdefault((name, way), []).append(seconds_per_call(step))
     print(f"triton {triton.__version__}, torch {torch.__version__}: medians, and of triton's")
     print(f"{'':34}" + "".join(f"{way:>20}" for way in WAYS))

@@ -213,22 +213,20 @@ PyObject* backward(PyObject*, PyObject* const* arguments, Py_ssize_t) {
 
 Ref element(PyObject* sequence, Py_ssize_t i) { return Ref(PySequence_GetItem(sequence, i)); }
 
-Ref field(PyObject* object, const char* name) { return Ref(PyObject_GetAttrString(object, name)); }
-
 unsigned small(const Ref& number) { return unsigned(integer(number.get())); }
 
+// (function, name, grid, threads, shared, arguments)
 Start read_start(PyObject* given) {
   Start s{};
-  s.function = PyLong_AsVoidPtr(field(given, "function").get());
+  s.function = PyLong_AsVoidPtr(element(given, 0).get());
   Py_ssize_t length = 0;
-  const Ref name = field(given, "name");
+  const Ref name = element(given, 1), grid = element(given, 2), arguments = element(given, 5);
   const char* const text = PyUnicode_AsUTF8AndSize(name.get(), &length);
   if (text == nullptr) throw Raised{};
   s.name.assign(text, size_t(length));
-  const Ref grid = field(given, "grid"), arguments = field(given, "arguments");
   for (int i = 0; i < 3; ++i) s.grid[i] = small(element(grid.get(), i));
-  s.threads = small(field(given, "threads"));
-  s.shared = small(field(given, "shared"));
+  s.threads = small(element(given, 3));
+  s.shared = small(element(given, 4));
   for (Py_ssize_t i = 0; i < PySequence_Size(arguments.get()); ++i) {
     const Ref argument = element(arguments.get(), i);
     s.arguments.push_back({int(integer(element(argument.get(), 0).get())),
@@ -264,9 +262,9 @@ PyObject* forget(PyObject*, PyObject*) {
 
 PyMethodDef triton_methods[] = {
     {"triton_forward", fast(forward), METH_FASTCALL,
-     "Repeat a forward; see fusednorm/triton_kernels/launch.py."},
+     "Repeat a forward; see fusednorm/triton_kernels/plans.py."},
     {"triton_backward", fast(backward), METH_FASTCALL,
-     "Repeat a backward; see fusednorm/triton_kernels/launch.py."},
+     "Repeat a backward; see fusednorm/triton_kernels/plans.py."},
     {"triton_keep", fast(keep), METH_FASTCALL,
      "triton_keep(key, starts, scratch, kernels): what to repeat from now on."},
     {"triton_forget", forget, METH_NOARGS, "Forget all that was kept."},

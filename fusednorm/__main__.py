@@ -80,6 +80,18 @@ def _extension() -> str:
     return f"{kernels}; {built.built}"
 
 
+def _repeater(device: torch.device) -> str:
+    """Return who starts Triton's kernels on `device`, and why."""
+    return str(importlib.import_module("fusednorm.triton_kernels.plans").repeater(device))
+
+
+def _below_torch(device_type: str) -> str:
+    """Return what runs below torch's layer norm and RMS norm on a kind of device."""
+    if fusednorm.torch_operators.enabled(device_type):
+        return "our kernels: fusednorm.enable"
+    return "torch's own kernels (fusednorm.enable puts ours there)"
+
+
 def _devices() -> list[torch.device]:
     return [torch.device("cpu")] + [
         torch.device("cuda", index) for index in range(torch.cuda.device_count())
@@ -101,6 +113,9 @@ def _device(device: torch.device) -> dict[str, Any]:
         choice = backends.explain(tensor)
         report["runs"] = {"a plain layer norm": str(choice)}
         report["runs"]["all else"] = str(backends.explain(tensor, plain=False))
+        if "triton" in (choice.backend, backends.select(tensor, plain=False)):
+            report["runs"]["starts kernels"] = _repeater(device)
+        report["runs"]["torch's operators"] = _below_torch(device.type)
         with backends.use(choice.backend):
             report["self-check"] = _self_check(device)
     except (ValueError, RuntimeError) as error:

@@ -128,12 +128,27 @@ def _triton_unfit(device: torch.device) -> str | None:
     if (missing := _triton_missing()) is not None:
         return missing
     if device.type == "cuda":
-        return None if torch.version.hip is not None else _too_old(device)
+        too_old = None if torch.version.hip is not None else _too_old(device)
+        return too_old or _driver_missing()
     if device.type == "cpu":
         return (
             None if _interpreted() else "cpu tensors need Triton's interpreter (TRITON_INTERPRET=1)"
         )
     return f"the kernels are built for cuda devices, not {device.type}"
+
+
+def _driver_missing() -> str | None:
+    """Return why Triton cannot start kernels, or None where it can: it compiles what starts them.
+
+    CUDA's images for running programs have no C compiler.
+    """
+    from triton.runtime import driver
+
+    try:
+        _ = driver.active
+    except Exception as error:  # of a compiler, of a linker, of an operating system
+        return f"triton cannot build its launcher: {error}"
+    return None
 
 
 def _too_old(device: torch.device) -> str | None:

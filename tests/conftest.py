@@ -44,6 +44,15 @@ def seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def plans() -> None:
+    """Let no test repeat launches that another one's launch policy made."""
+    if torch.cuda.is_available():
+        from fusednorm.triton_kernels import plans
+
+        plans.forget()
+
+
 @pytest.fixture
 def poison() -> Iterator[None]:
     """Fill fresh memory with NaN, so that an element the kernel forgets cannot look right."""

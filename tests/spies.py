@@ -23,7 +23,7 @@ class _Spy:
     """Stands in for a kernel; notes each launch, then lets it happen unless told otherwise."""
 
     def __init__(self, name: str, kernel: Any, launches: list[Launch], execute: bool) -> None:
-        self.kernel = kernel
+        self.kernel, self.fn = kernel, kernel.fn
         self._name, self._launches, self._execute = name, launches, execute
         self._signature = inspect.signature(kernel.fn)
 
@@ -53,7 +53,11 @@ def kernels_of_package() -> dict[str, tuple[Any, Any]]:
 
 def record_launches(monkeypatch: pytest.MonkeyPatch, *, execute: bool = True) -> list[Launch]:
     """Return a list that every launch from now on is appended to; with `execute` False, instead."""
+    from fusednorm.triton_kernels import plans
+
     launches: list[Launch] = []
+    nobody = plans.Repeater("triton", "launches are recorded")
+    monkeypatch.setattr(plans, "repeater", lambda device: nobody)
     for name, (module, kernel) in kernels_of_package().items():
         monkeypatch.setattr(module, name, _Spy(name, kernel, launches, execute))
     return launches

@@ -162,6 +162,7 @@ def test_auto_on_cuda(
     detection.setattr(torch.cuda, "is_available", lambda: True)
     detection.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     detection.setattr(torch.version, "hip", hip)
+    detection.setattr(backends, "_driver_missing", lambda: None)
     x = _cuda_tensor()
     assert backends.explain(x) == expected
     assert backends.select(x) == expected.backend

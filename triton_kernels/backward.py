@@ -22,7 +22,7 @@ import triton.language as tl
 
 from fusednorm.spec import Gradients, rows_and_columns
 
-from . import launch
+from . import launch, plans
 from .config import backward_config, finalize_tile, partial_rows, vector_elements
 from .tile import (
     cast,
@@ -629,7 +629,7 @@ def layer_norm_bwd_finalize_kernel(
             )
 
 
-@launch.native("triton_backward", tensors=12, device_of=3)
+@plans.repeated("triton_backward", tensors=12, device_of=3)
 def layer_norm_bwd(
     dz: torch.Tensor | None,
     dh: torch.Tensor | None,
@@ -770,7 +770,7 @@ def _launch(
     programs = programs_per_sample * terms.samples
 
     def partial(wanted: bool) -> torch.Tensor | None:
-        return launch.scratch(rstd, programs, cols) if wanted else None
+        return plans.scratch(rstd, programs, cols) if wanted else None
 
     dscale_needs_sum = dscale is not None and bias is not None
     dz_x_hat = partial(dweight is not None or dscale is not None)
@@ -785,9 +785,9 @@ def _launch(
     c1 = c2 = None
     with launch.device_guard(h.device):
         if config.sums is not None and through_rows and dz is not None:
-            c1 = launch.scratch(rstd, rows)
-            c2 = None if mean is None else launch.scratch(rstd, rows)
-            launch.start(
+            c1 = plans.scratch(rstd, rows)
+            c2 = None if mean is None else plans.scratch(rstd, rows)
+            plans.start(
                 layer_norm_bwd_sums_kernel,
                 (rows,),
                 dz,
@@ -810,7 +810,7 @@ def _launch(
                 **layout,
                 **launch.options(config.sums.num_warps, arch),
             )
-        launch.start(
+        plans.start(
             layer_norm_bwd_kernel,
             (programs, column_blocks),
             dz,
@@ -866,7 +866,7 @@ def _launch(
         if jobs == 0:
             return
         tile = finalize_tile(cols, arch)
-        launch.start(
+        plans.start(
             layer_norm_bwd_finalize_kernel,
             (jobs, -(-cols // tile.block_n)),
             dz_x_hat,

@@ -14,7 +14,7 @@ import triton.language as tl
 
 from fusednorm.spec import compute_dtype, rows_and_columns
 
-from . import launch
+from . import launch, plans
 from .config import forward_config, vector_elements
 from .tile import (
     cast,
@@ -382,7 +382,7 @@ def layer_norm_fwd_kernel(
         tl.store(rstd_ptr + rows, rstd, mask=row_mask)
 
 
-@launch.native("triton_forward", tensors=8, device_of=0)
+@plans.repeated("triton_forward", tensors=8, device_of=0)
 def layer_norm_fwd(
     x: torch.Tensor,
     residual: torch.Tensor | None,
@@ -452,7 +452,7 @@ def layer_norm_fwd(
     config = forward_config(cols, launch.itemsize(compute, z, h), arch)
     tile = config.tile
     with launch.device_guard(x.device):
-        launch.start(
+        plans.start(
             layer_norm_fwd_kernel,
             (-(-rows // tile.rows),),
             x,

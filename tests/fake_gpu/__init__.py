@@ -40,7 +40,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.driver import CudaDriver, CudaLauncher, CudaUtils
 
-from fusednorm.triton_kernels import launch
+from fusednorm.triton_kernels import launch, plans
 from fusednorm.triton_kernels.config import Architecture
 
 H100 = Architecture(warp_size=32, processors=132, shared_bytes=232448, registers=65536)
@@ -71,6 +71,7 @@ class _Launch(ctypes.Structure):
 class Launch(NamedTuple):
     """One launch as the driver got it; arguments are their bytes as numbers."""
 
+    handle: int | None
     kernel: str
     grid: tuple[int, ...]
     block: tuple[int, ...]
@@ -124,6 +125,7 @@ def launches(since: int) -> list[Launch]:
         function = one.function.contents
         made.append(
             Launch(
+                ctypes.addressof(function),
                 function.name.decode(),
                 tuple(one.grid),
                 tuple(one.block),
@@ -148,12 +150,11 @@ def refusing(error: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def serving(*, native: bool) -> Iterator[None]:
-    """Let Triton's kernels take CPU tensors for an H100's, started by the extension or without."""
-    reason = None if native else "Python was asked for"
+def serving(repeater: str) -> Iterator[None]:
+    """Let Triton's kernels take CPU tensors for an H100's, repeated by extension, python or none."""
     with (
         mock.patch.object(launch, "architecture", lambda device: H100),
-        mock.patch.object(launch, "not_native", lambda device: reason),
+        mock.patch.object(plans, "repeater", lambda device: plans.Repeater(repeater, "asked for")),
     ):
         yield
 

@@ -6,16 +6,21 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import fake_gpu
 import pytest
+import torch
 import triton
 from fake_gpu.uses import Call, Use, backward, forward, uses
+from triton.runtime import build
 
-from fusednorm.triton_kernels import launch
+from fusednorm import backends
+from fusednorm.triton_kernels import plans
 from fusednorm.triton_kernels.backward import layer_norm_bwd
 from fusednorm.triton_kernels.forward import layer_norm_fwd
 
@@ -24,10 +29,9 @@ RESULTS = {
     layer_norm_fwd: ("z", "h_out", "mean_out", "rstd_out"),
     layer_norm_bwd: ("dx", "dresidual", "dgate", "dweight", "dbias", "dscale", "dshift"),
 }
-needs_extension = pytest.mark.skipif(launch._C is None, reason="there is no compiled extension")
-needs_known_triton = pytest.mark.skipif(
-    launch.untested_triton() is not None, reason="this Triton is left alone"
-)
+REPEATERS = ["python", "extension"] if plans._C is not None else ["python"]
+CALLS = [(use, direction) for use in uses() for direction in ("forward", "backward")]
+CALLS += [(Use("layer_norm"), "inference"), (Use("add_norm", residual=True), "inference")]
 
 
 def addresses(launcher: Launcher, call: Call, results: Any) -> dict[int, str]:
@@ -44,10 +48,10 @@ def described(launches: list[fake_gpu.Launch], names: dict[int, str]) -> list[fa
     ]
 
 
-def by_python(launcher: Launcher, call: Call) -> tuple[list[fake_gpu.Launch], dict[str, int]]:
+def by_triton(launcher: Launcher, call: Call) -> tuple[list[fake_gpu.Launch], dict[str, int]]:
     """Return the launches of Triton's own launcher, and the bytes of what was made in between."""
     since = fake_gpu.launched()
-    with fake_gpu.serving(native=False), launch.recorded() as record:
+    with fake_gpu.serving("triton"), plans.recorded() as record:
         results = launcher(*call.arguments)
     scratch = {tensor.data_ptr(): f"scratch {i}" for i, tensor in enumerate(record.scratch)}
     sizes = {scratch[tensor.data_ptr()]: tensor.nbytes for tensor in record.scratch}
@@ -55,14 +59,18 @@ def by_python(launcher: Launcher, call: Call) -> tuple[list[fake_gpu.Launch], di
     return described(fake_gpu.launches(since), names), sizes
 
 
-def by_extension(
-    launcher: Launcher, call: Call, expected: list[fake_gpu.Launch], sizes: dict[str, int]
+def by_repeater(
+    repeater: str,
+    launcher: Launcher,
+    call: Call,
+    expected: list[fake_gpu.Launch],
+    sizes: dict[str, int],
 ) -> list[fake_gpu.Launch]:
-    """Return the launches of the extension; what is made in between is named as expected."""
-    with fake_gpu.serving(native=True):
-        launcher(*call.arguments)  # handed over
+    """Return the launches of a repeater; what is made in between is named as expected."""
+    with fake_gpu.serving(repeater):
+        launcher(*call.arguments)  # recorded
         since = fake_gpu.launched()
-        with mock.patch.object(launch, "start", None):
+        with mock.patch.object(plans, "start", None):
             results = launcher(*call.arguments)
     launches = fake_gpu.launches(since)
     names = addresses(launcher, call, results)
@@ -90,47 +98,46 @@ def launcher_and_call(direction: str, use: Use) -> tuple[Launcher, Call]:
     }[direction]()
 
 
-@needs_extension
-@needs_known_triton
-@pytest.mark.parametrize("direction", ["forward", "backward"])
-@pytest.mark.parametrize("use", uses(), ids=str)
-def test_both_ways_start_the_same(use: Use, direction: str) -> None:
+@pytest.mark.parametrize(("use", "direction"), CALLS, ids=str)
+def test_every_way_starts_the_same(use: Use, direction: str) -> None:
     """Kernels, grids, blocks, shared memory and every argument by value, but for addresses."""
     launcher, call = launcher_and_call(direction, use)
-    expected, sizes = by_python(launcher, call)
+    expected, sizes = by_triton(launcher, call)
     assert expected
-    assert by_extension(launcher, call, expected, sizes) == expected
+    for repeater in REPEATERS:
+        assert by_repeater(repeater, launcher, call, expected, sizes) == expected
 
 
 def test_no_number_of_rows_compiles_anything() -> None:
-    """One compilation for each class of shapes: neither way loads a kernel for another M."""
-    for native in (False, launch._C is not None):
+    """One compilation for each class of shapes: no way loads a kernel for another M."""
+    for repeater in ("triton", *REPEATERS):
         loads = set()
         for rows in (*range(2, 51), 100_000):
             use = Use("layer_norm", rows=rows, cols=256)
-            with fake_gpu.serving(native=native):
+            with fake_gpu.serving(repeater):
                 layer_norm_fwd(*forward(use).arguments)
                 layer_norm_bwd(*backward(use).arguments)
             loads.add(fake_gpu.loads())
         assert len(loads) == 1
 
 
-@pytest.mark.parametrize("native", [False, True])
-def test_a_refused_launch_names_kernel_grid_and_reason(native: bool) -> None:
-    """One error, whichever way it was started."""
+@pytest.mark.parametrize("repeater", ["triton", *REPEATERS])
+def test_a_refused_launch_names_kernel_grid_and_reason(repeater: str) -> None:
+    """One error, whoever started it."""
     call = forward(Use("layer_norm", rows=4096))
     expected = re.escape(
-        "layer_norm_fwd_kernel: expected the driver to launch a grid of (1024, 1, 1), got "
+        "fusednorm: layer_norm_fwd_kernel: expected the driver to launch a grid of (1024, 1, 1), got "
         "invalid argument"
     )
-    with fake_gpu.serving(native=native and launch._C is not None):
+    with fake_gpu.serving(repeater):
         layer_norm_fwd(*call.arguments)
         with fake_gpu.refusing(1), pytest.raises(RuntimeError, match=expected):
             layer_norm_fwd(*call.arguments)
         layer_norm_fwd(*call.arguments)
 
 
-def test_whoever_listens_to_launches_hears_of_them() -> None:
+@pytest.mark.parametrize("repeater", REPEATERS)
+def test_whoever_listens_to_launches_hears_of_them(repeater: str) -> None:
     """Triton's profilers hook into its own launcher: no other starts a kernel then."""
     call = forward(Use("layer_norm"))
     heard: list[str] = []
@@ -138,7 +145,7 @@ def test_whoever_listens_to_launches_hears_of_them() -> None:
     def listener(metadata: Any) -> None:
         heard.append(metadata.get()["name"])
 
-    with fake_gpu.serving(native=launch._C is not None):
+    with fake_gpu.serving(repeater):
         for _ in range(2):
             layer_norm_fwd(*call.arguments)
         triton.knobs.runtime.launch_enter_hook.add(listener)
@@ -148,3 +155,77 @@ def test_whoever_listens_to_launches_hears_of_them() -> None:
             triton.knobs.runtime.launch_enter_hook.remove(listener)
         layer_norm_fwd(*call.arguments)
     assert heard == ["layer_norm_fwd_kernel"]
+
+
+@pytest.mark.parametrize("repeater", REPEATERS)
+def test_one_tensor_in_two_places_is_two_tensors_the_next_time(repeater: str) -> None:
+    """What was recorded with x as its own residual serves other residuals."""
+    call = forward(Use("add_norm", residual=True, rows=33))
+    x, _, *rest = call.arguments
+    residual = x.clone()
+    with fake_gpu.serving(repeater):
+        layer_norm_fwd(x, x, *rest)
+        since = fake_gpu.launched()
+        with mock.patch.object(plans, "start", None):
+            layer_norm_fwd(x, residual, *rest)
+    (launch,) = fake_gpu.launches(since)
+    assert launch.arguments[:2] == (x.data_ptr(), residual.data_ptr())
+
+
+@pytest.mark.parametrize("repeater", REPEATERS)
+def test_a_copy_is_made_each_time(repeater: str) -> None:
+    """Columns that are not adjacent are copied, and a copy's address is no plan's."""
+    call = forward(Use("layer_norm", rows=32))
+    x, *rest = call.arguments
+    spread = x.new_ones(1024, 32).t()
+    with fake_gpu.serving(repeater):
+        for _ in range(3):
+            since = fake_gpu.launched()
+            kept = spread.contiguous()  # takes the place of an earlier copy
+            layer_norm_fwd(spread, *rest)
+            (launch,) = fake_gpu.launches(since)
+            assert launch.arguments[0] not in (spread.data_ptr(), kept.data_ptr())
+
+
+@pytest.mark.parametrize("repeater", REPEATERS)
+def test_what_is_misaligned_is_another_layout(repeater: str) -> None:
+    """A kernel compiled for 16-byte accesses never gets an address that has none."""
+    call = forward(Use("layer_norm", rows=31))
+    x, *rest = call.arguments
+    shifted = x.new_ones(31 * 1024 + 1)[1:].view(31, 1024)
+    kernels = []
+    with fake_gpu.serving(repeater):
+        for rows in (x, shifted, x, shifted):
+            since = fake_gpu.launched()
+            layer_norm_fwd(rows, *rest)
+            kernels += [launch.handle for launch in fake_gpu.launches(since)]
+    assert kernels[0] == kernels[2] != kernels[1] == kernels[3]
+
+
+def test_an_unknown_triton_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever relies on how a version launches has compared it with that version."""
+    device = torch.device("cuda", 0)
+    for version, name in ((triton.__version__, None), ("3.60.0", "triton"), ("4.0.0", "triton")):
+        monkeypatch.setattr(triton, "__version__", version)
+        found = plans.repeater.__wrapped__(device)
+        assert found.name == (name or REPEATERS[-1]), found
+
+
+def test_without_a_c_compiler_torch_is_chosen(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Triton compiles what starts its kernels; whoever runs it in a bare image is told."""
+    device = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert backends._triton_unfit.__wrapped__(device) is None
+    if hasattr(build, "_find_compiler"):  # remembers what it found
+        monkeypatch.setattr(build, "_find_compiler", build._find_compiler.__wrapped__)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(sys.modules["triton.runtime.driver"], "_create_driver", fake_gpu._Driver)
+    for kept in ("_active", "_default"):
+        monkeypatch.setattr(triton.runtime.driver, kept, None)
+    reason = backends._triton_unfit.__wrapped__(device)
+    assert reason is not None
+    assert "Failed to find C compiler" in reason
