@@ -33,7 +33,7 @@ TESTS = {
     "fusednorm.replace": "test_limits test_replace",
     "fusednorm.spec": "test_limits test_validation test_layouts",
     "fusednorm.validation": "test_limits test_validation",
-    "fusednorm.triton_kernels.config": "test_config",
+    "fusednorm.triton_kernels.config": "test_limits test_config",
     "fusednorm.triton_kernels.launch": "test_limits test_dropout test_layouts",
 }
 
