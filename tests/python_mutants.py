@@ -33,12 +33,14 @@ TESTS = {
     "fusednorm.replace": "test_limits test_replace",
     "fusednorm.spec": "test_limits test_validation test_layouts",
     "fusednorm.validation": "test_limits test_validation",
-    "fusednorm.triton_kernels.config": "test_config",
+    "fusednorm.triton_kernels.config": "test_limits test_config",
     "fusednorm.triton_kernels.launch": "test_limits test_dropout test_layouts",
 }
 
 # What cannot be told from the original, with the reason.
-EQUIVALENT: dict[str, str] = {}
+EQUIVALENT = {
+    "launch.as_rows: x.stride(1) == 1 or cols == 1 -> x.stride(1) == 1": "copies a lone column",
+}
 
 OPPOSITES: dict[type, type] = {
     ast.Lt: ast.LtE,

@@ -182,32 +182,6 @@ def test_short_way_to_the_parameters() -> None:
     assert calls(lambda: norm.forward(X)) == direct + 1
 
 
-# How the compiled kernels share out their work
-
-
-@needs_extension
-@pytest.mark.parametrize("samples", [1, 2])
-def test_fewer_rows_than_threads(samples: int) -> None:
-    """There is work for eight threads, but a row goes to one: sums and gradients stay the same."""
-    cols = 1 << 16
-    x, dz, dh = torch.randn(3, samples, 2 // samples, cols)
-    sizes = {"gate": cols, "scale": cols, "shift": 1}
-    terms = {name: torch.randn(samples, 1, size) for name, size in sizes.items()}
-    weight = torch.randn(cols)
-    leaves = [tensor.requires_grad_() for tensor in (x, weight, *terms.values())]
-    threads, results = torch.get_num_threads(), []
-    for count in (1, 8):
-        torch.set_num_threads(count)
-        try:
-            with backends.use("cpu"):
-                outputs = fusednorm.add_layer_norm(x, None, cols, weight, **terms)
-            results.append(torch.autograd.grad(outputs, leaves, (dz, dh)))
-        finally:
-            torch.set_num_threads(threads)
-    for ours, alone in zip(*results, strict=True):
-        torch.testing.assert_close(ours, alone, rtol=1e-5, atol=1e-4)
-
-
 # What a message shows
 
 

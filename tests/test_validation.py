@@ -257,7 +257,9 @@ def test_nested_tensor() -> None:
 def test_torch_refuses_before_it_allocates(shape: tuple[int, ...]) -> None:
     """What the fast way through torch's norm leaves to it costs no memory when it is wrong."""
     x, weight = _ones(2, 4), _ones(*shape)
-    with torch.profiler.profile(profile_memory=True) as profile:  # type: ignore[no-untyped-call]
+    # Without acc_events torch 2.10 warns that it keeps the events of one cycle.
+    profiler = torch.profiler.profile(profile_memory=True, acc_events=True)  # type: ignore[no-untyped-call]
+    with profiler as profile:
         for arguments in ((x, shape), (x, (4,), weight), (x, (4,), None, weight)):
             with pytest.raises(ValueError, match="expected"):
                 fusednorm.layer_norm(*arguments)  # type: ignore[arg-type]
