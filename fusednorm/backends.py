@@ -41,6 +41,9 @@ class Choice(NamedTuple):
         return f"{self.backend}: {self.reason}"
 
 
+below_torch: set[str] = set()
+"""The kinds of device whose norms of torch run in our kernels; `torch_operators` keeps it."""
+
 # The request in force: set by `use`, else by the environment, else None for the automatic choice.
 _requested: str | None = None
 _requested_by = ""
@@ -259,6 +262,7 @@ def _is_wrapper(tensor: Tensor) -> bool:
 
 _PLAIN_ON_CPU = Choice("torch", "a plain layer norm of cpu tensors is one operator of torch")
 _COMPILED_ON_CPU = Choice("torch", "the compiler fuses torch's operators")
+_BELOW_TORCH = Choice("torch", "torch's operator runs in our kernels: fusednorm.enable")
 _NESTED = Choice("torch", "nested tensors have torch's operators only")
 _FUSED_ON_CPU = Choice("cpu", "this would be several operators of torch")
 
@@ -270,6 +274,8 @@ def _automatic(tensor: Tensor, plain: bool) -> Choice:
     operator of torch is the least that a call can cost.
     """
     on_cpu, device = tensor.is_cpu, tensor.device
+    if plain and device.type in below_torch:
+        return _BELOW_TORCH
     if on_cpu and plain:
         return _PLAIN_ON_CPU
     if on_cpu and torch.compiler.is_compiling():

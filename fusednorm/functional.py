@@ -71,30 +71,8 @@ def layer_norm(
     given = (input, weight, bias)
     if has_torch_function_variadic(*given):
         return handle_torch_function(layer_norm, given, input, shape, weight, bias, eps)
-    # What a small tensor costs on a CPU is the Python before torch's operator. These are the rules
-    # that torch has not or learns of too late; by the others it refuses before it allocates.
-    if (
-        type(input) is Tensor
-        and input.is_cpu
-        and (dtype := input.dtype) in DTYPES
-        and backends.select(input) == "torch"
-        and input.layout is torch.strided
-        and (
-            weight is None
-            or (type(weight) in observers.PLAIN and weight.dtype is dtype and weight.is_cpu)
-        )
-        and (
-            bias is None or (type(bias) in observers.PLAIN and bias.dtype is dtype and bias.is_cpu)
-        )
-        and type(eps) is float
-        and is_shape(shape)
-        and not observers.transforms_active()
-        and not observers.saving_watched()
-    ):
-        try:
-            return torch.layer_norm(input, shape, weight, bias, eps)
-        except (RuntimeError, TypeError):
-            pass  # the checks below say why
+    if (y := _by_torch(input, shape, weight, bias, eps)) is not None:
+        return y
     if done := _unchecked(input, None, shape, weight, bias, eps, rms=False):
         return done[0]
     shape, eps = check_norm("layer_norm", input, normalized_shape, weight, bias, eps)
@@ -141,6 +119,9 @@ def rms_norm(
     if has_torch_function_variadic(input, weight):
         return handle_torch_function(rms_norm, (input, weight), input, shape, weight, eps)
     eps = _default_eps(input) if eps is None else eps
+    if "cpu" in backends.below_torch:
+        if (y := _by_torch(input, shape, weight, None, eps, rms=True)) is not None:
+            return y
     if done := _unchecked(input, None, shape, weight, None, eps, rms=True):
         return done[0]
     shape, eps = check_norm("rms_norm", input, normalized_shape, weight, None, eps)
@@ -415,6 +396,46 @@ def _overridden(
     return done
 
 
+def _by_torch(
+    input: Tensor,
+    shape: Any,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: Any,
+    *,
+    rms: bool = False,
+) -> Tensor | None:
+    """Run a plain norm of CPU tensors by torch's operator; return None for any other.
+
+    What a small tensor costs on a CPU is the Python before torch's operator. These are the rules
+    that torch has not or learns of too late; by the others it refuses before it allocates.
+    """
+    if (
+        type(input) is Tensor
+        and input.is_cpu
+        and (dtype := input.dtype) in DTYPES
+        and backends.select(input) == "torch"
+        and input.layout is torch.strided
+        and (weight is None or _is_companion(weight, dtype))
+        and (bias is None or _is_companion(bias, dtype))
+        and type(eps) is float
+        and is_shape(shape)
+        and not observers.transforms_active()
+        and not observers.saving_watched()
+    ):
+        try:
+            if rms:
+                return torch.rms_norm(input, shape, weight, eps)
+            return torch.layer_norm(input, shape, weight, bias, eps)
+        except (RuntimeError, TypeError):
+            pass  # the checks that follow say why
+    return None
+
+
+def _is_companion(parameter: Tensor, dtype: torch.dtype) -> bool:
+    return type(parameter) in observers.PLAIN and parameter.dtype is dtype and parameter.is_cpu
+
+
 def _unchecked(
     x: Tensor,
     residual: Tensor | None,
@@ -432,7 +453,7 @@ def _unchecked(
     """
     if type(eps) is not float or torch.compiler.is_compiling():
         return None
-    plain = not rms and residual is None
+    plain = residual is None and (not rms or "cpu" in backends.below_torch)
     if not backends.compiled_on_cpu(plain) or not backends.is_plain()(
         shape, x, residual, weight, bias
     ):

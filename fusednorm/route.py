@@ -25,7 +25,7 @@ def run(call: Call) -> tuple[Tensor, Tensor]:
     x = operands.x
     if x.is_nested:
         return _run_nested(call)
-    backend = backends.select(x, plain=call.is_one_norm and not spec.rms)
+    backend = backends.select(x, plain=call.is_one_norm and _is_plain(x, spec.rms))
     if spec.dropout_p > 0.0:
         # On the device and from its generator: no synchronisation, and a graph draws anew. Every
         # backend draws the same mask from it.
@@ -43,6 +43,15 @@ def run(call: Call) -> tuple[Tensor, Tensor]:
         return z, x if spec.h_dtype is None else h
     z, stored = autograd.run(call, backends.launchers(backend))
     return z, x if stored is None else stored
+
+
+def _is_plain(x: Tensor, rms: bool) -> bool:
+    """Return whether a norm without other terms is one operator of torch.
+
+    RMS norm is where our kernels are below it; a checkpoint, whose recomputation may find them
+    gone, gets what they leave behind otherwise.
+    """
+    return not rms or (x.device.type in backends.below_torch and not observers.saving_watched())
 
 
 def _run_nested(call: Call) -> tuple[Tensor, Tensor]:

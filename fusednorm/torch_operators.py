@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusednorm import backends, ops
+from fusednorm import backends
 from fusednorm.spec import compute_dtype, rows_and_columns
 from fusednorm.validation import DTYPES, fail
 
@@ -95,6 +95,7 @@ def enable(devices: str | torch.device | Iterable[str | torch.device] | None = N
             for kind in _kinds("enable", devices):
                 if kind not in _registrations:
                     _registrations[kind] = _OnCpu() if kind == "cpu" else _InPython("CUDA")
+                    backends.below_torch.add(kind)
                     new.append(kind)
         except BaseException:
             disable(new)
@@ -120,6 +121,7 @@ def disable(devices: str | torch.device | Iterable[str | torch.device] | None = 
     """
     with _lock:
         for kind in tuple(_registrations) if devices is None else _names("disable", devices):
+            backends.below_torch.discard(kind)
             if (registration := _registrations.pop(kind, None)) is not None:
                 registration.remove()
 
@@ -339,7 +341,7 @@ def _is_served(
     """Return whether the kernels serve a norm of x; all others are errors, or empty, or rare."""
     if x.dtype not in DTYPES or not shape or list(x.shape[-len(shape) :]) != list(shape):
         return False
-    if x.numel() == 0 or ops.kernels(x.device) is None:
+    if x.numel() == 0 or backends.kernels(x.device) is None:
         return False
     half = x.dtype in (torch.float16, torch.bfloat16)
     dtypes = {parameter.dtype for parameter in (weight, bias) if parameter is not None}
@@ -368,6 +370,10 @@ def _is_laid_out_as_usual(x: Tensor) -> bool:
 _served = dict.fromkeys(OPERATORS, 0)
 
 
+def _launchers(x: Tensor) -> backends.Launchers:
+    return backends.launchers(backends.kernels(x.device) or "torch")
+
+
 def _forward(
     x: Tensor,
     shape: list[int],
@@ -378,7 +384,7 @@ def _forward(
     rms: bool,
 ) -> tuple[Tensor, ...]:
     """Return z, mean (not for RMS) and rstd, the last two of x's shape with 1 for each column."""
-    kernels: Any = ops.kernels(x.device)
+    kernels = _launchers(x)
     tensors = (x, None, None, weight, bias, None, None, None)
     options = (tuple(shape), eps, rms, 0.0, x.dtype, None, None, True, False)
     z, _, mean, rstd = kernels.forward(*tensors, *options)
@@ -403,7 +409,7 @@ def _backward(
     mask: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients of x, weight and bias."""
-    kernels: Any = ops.kernels(x.device)
+    kernels = _launchers(x)
     rows, _ = rows_and_columns(x, tuple(shape))
     statistics = (None if mean is None else mean.reshape(rows), rstd.reshape(rows))
     tensors = (dz, None, None, x, *statistics, None, weight, bias, None, None, None)

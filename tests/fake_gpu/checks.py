@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import fake_gpu
 import pytest
 import torch
 import triton
-from fake_gpu.uses import Call, Use, backward, forward, uses
 from triton.runtime import build
 
+import fake_gpu
+from fake_gpu.uses import Call, Use, backward, forward, uses
 from fusednorm import backends
 from fusednorm.triton_kernels import plans
 from fusednorm.triton_kernels.backward import layer_norm_bwd
