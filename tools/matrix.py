@@ -85,7 +85,7 @@ def install(environment: Environment, wheel: Path) -> Path:
 def row(environment: Environment, wheel: Path) -> tuple[list[str], bool]:
     """Return the cells of an environment, and whether all is well there."""
     python = install(environment, wheel)
-    away = FOLDER / "away"  # where no source tree can be imported by chance
+    away = FOLDER / environment.name / "away"  # where no source tree can be imported by chance
     shutil.rmtree(away, ignore_errors=True)
     away.mkdir()
     for name in ("tests", "docs"):
