@@ -1,13 +1,17 @@
 # Everything runs in a virtual environment of the project's own, made on first use.
 # The compiled extension is built where there is a C++ compiler; FUSEDNORM_BUILD=none leaves it out.
 PYTHON ?= python3
-VENV := .venv
+# Another torch or Triton gets an environment of its own: make test TORCH=2.14.1, with the Triton that
+# it brings or with TRITON=3.6.0.
+TORCH ?=
+TRITON ?=
+VENV := .venv$(TORCH:%=-torch-%)$(TRITON:%=-triton-%)
 BIN := $(VENV)/bin
 JOBS ?= 2
 FUSEDNORM_BUILD ?= auto
 SOURCES := $(shell find csrc -type f ! -name '*.md')
 
-.PHONY: train test lint bench codegen mutants clean wheel matrix release workflows
+.PHONY: train test lint bench mutants docs docs-serve wheel matrix release workflows clean
 
 train: $(VENV)/ready
 	$(BIN)/python examples/train_gpt.py $(ARGS)
@@ -20,36 +24,45 @@ lint: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(SOURCES) $(wildcard tests/simt/* tests/nvcc/*)
-	$(BIN)/mypy -p fusednorm
+	$(BIN)/mypy -p fusednorm -p bench
 	$(BIN)/mypy toolchain.py tools triton_kernels/config.py
 	$(BIN)/codespell $$(git ls-files)
+	@! $(BIN)/python -c 'import mkdocs' 2>/dev/null || $(SITE) build --strict
 
 # Two minutes of the benchmark: table, plots and page in bench/results. ARGS="--help" for more.
 bench: $(VENV)/ready
 	$(BIN)/python -m bench $(ARGS)
 
-# Breaks each kernel in turn and shows what notices.
-mutants: $(VENV)/ready
-	OMP_NUM_THREADS=1 $(BIN)/python tests/mutants.py
+# The site, in build/site: it opens without a network. Missing pages and links stop the build.
+SITE := NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs
 
-$(VENV)/ready: requirements-dev.txt pyproject.toml setup.py toolchain.py $(SOURCES)
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet -r requirements-dev.txt
-	FUSEDNORM_BUILD=$(FUSEDNORM_BUILD) $(BIN)/pip install --quiet --no-build-isolation --no-deps -e .
+docs: $(VENV)/ready-docs
+	$(BIN)/python docs/notebook.py by-hand
+	$(SITE) build --strict
+
+docs-serve: $(VENV)/ready-docs
+	$(SITE) serve --livereload
+
+$(VENV)/ready-docs: $(VENV)/ready requirements-docs.txt
+	$(BIN)/pip install --quiet -r requirements-docs.txt
 	touch $@
 
-# The code-generation tests under another Triton: make codegen TRITON=3.6.0
-TRITON ?= 3.6.0
-CODEGEN_VENV := .venv-triton-$(TRITON)
+# Breaks each kernel in turn, then the Python layer at random, and shows what notices.
+# ARGS="--help" for what to draw: --seed, --count and parts of names.
+mutants: $(VENV)/ready
+	OMP_NUM_THREADS=1 $(BIN)/python tests/mutants.py
+	OMP_NUM_THREADS=1 $(BIN)/python tests/python_mutants.py $(ARGS)
 
-codegen: $(CODEGEN_VENV)/ready
-	$(CODEGEN_VENV)/bin/python -m pytest tests/test_codegen.py $(ARGS)
-
-$(CODEGEN_VENV)/ready: requirements-dev.txt pyproject.toml setup.py
-	$(PYTHON) -m venv $(CODEGEN_VENV)
-	grep -v '^triton==' requirements-dev.txt | sed 's/^numpy==.*/numpy<2.4/' > $(CODEGEN_VENV)/requirements.txt
-	$(CODEGEN_VENV)/bin/pip install --quiet -r $(CODEGEN_VENV)/requirements.txt triton==$(TRITON)
-	FUSEDNORM_BUILD=none $(CODEGEN_VENV)/bin/pip install --quiet --no-build-isolation --no-deps -e .
+# A release of torch asks for one Triton, so another one is put over it. Triton's interpreter takes
+# numpy 2.4 from 3.9 on.
+$(VENV)/ready: requirements-dev.txt pyproject.toml setup.py toolchain.py $(SOURCES)
+	$(PYTHON) -m venv $(VENV)
+	sed -e '' $(if $(TORCH),-e 's/^torch==.*/torch==$(TORCH)/') \
+		$(if $(TORCH)$(TRITON),-e '/^triton==/d' -e 's/^numpy==[^;]*/numpy<2.4/') \
+		requirements-dev.txt > $(VENV)/requirements.txt
+	$(BIN)/pip install --quiet -r $(VENV)/requirements.txt
+	$(if $(TRITON),$(BIN)/pip install --quiet triton==$(TRITON))
+	FUSEDNORM_BUILD=$(FUSEDNORM_BUILD) $(BIN)/pip install --quiet --no-build-isolation --no-deps -e .
 	touch $@
 
 # The sdist, and from it the wheel, which then has to pass what package indices and users ask of it.
@@ -86,4 +99,4 @@ $(VENV)/ready-release: $(VENV)/ready requirements-release.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-triton-* build dist *.egg-info
+	rm -rf .venv .venv-* build dist *.egg-info

@@ -1,4 +1,4 @@
-"""The part of the README that quotes results: one table and one plot, made from their file."""
+"""The part of docs/performance.md that quotes results: a table and a plot, made from their file."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .cases import NORMS
 from .measure import COPY
 from .results import Results, by_case, case_name, metrics
 
-README = Path(__file__).parents[1] / "README.md"
+PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
 FIRST, LAST = "<!-- bench/results/{name}.json -->", "<!-- end of the results -->"
 
 
@@ -44,21 +44,21 @@ def markdown(results: Results, name: str) -> str:
         [
             *("| " + " | ".join(line) + " |" for line in lines),
             *("", *textwrap.wrap(text, 118), ""),
-            f"![percent of the speed of a copy, by N](bench/results/{name}-bandwidth.svg)",
+            f"![percent of the speed of a copy, by N](../bench/results/{name}-bandwidth.svg)",
         ]
     )
 
 
-def write(results: Results, name: str, readme: Path = README) -> None:
-    """Put it between its marks in the README.
+def write(results: Results, name: str, page: Path = PAGE) -> None:
+    """Put it between its marks in the page.
 
     Raises:
         ValueError: The marks are not there.
     """
     pattern = FIRST.format(name=r"[^ ]+") + ".*" + LAST
     fresh = f"{FIRST.format(name=name)}\n{markdown(results, name)}\n{LAST}"
-    before = readme.read_text(encoding="utf-8")
+    before = page.read_text(encoding="utf-8")
     after, count = re.subn(pattern, lambda _: fresh, before, flags=re.DOTALL)
     if count != 1:
-        raise ValueError(f"{readme}: expected one place for results, found {count}")
-    readme.write_text(after, encoding="utf-8")
+        raise ValueError(f"{page}: expected one place for results, found {count}")
+    page.write_text(after, encoding="utf-8")

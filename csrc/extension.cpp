@@ -1,6 +1,7 @@
 // The module: the functions of what was built.
 #include "cpu_ops.h"
 #include "eager.h"
+#include "triton_launch.h"
 #ifdef FUSEDNORM_CUDA
 #include "cuda_ops.h"
 #endif
@@ -14,6 +15,7 @@ PyMODINIT_FUNC PyInit__C() {
   if (created == nullptr) return nullptr;
   if (PyModule_AddFunctions(created, fusednorm::eager_methods) < 0) return nullptr;
   if (PyModule_AddFunctions(created, fusednorm::cpu_methods) < 0) return nullptr;
+  if (PyModule_AddFunctions(created, fusednorm::triton_methods) < 0) return nullptr;
 #ifdef FUSEDNORM_CUDA
   if (PyModule_AddFunctions(created, fusednorm::cuda_methods) < 0) return nullptr;
 #endif

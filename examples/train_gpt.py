@@ -547,6 +547,13 @@ def check_heads(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
         parser.error(f"argument --width: {args.width} is not divisible by --heads {args.heads}")
 
 
+def check_writable(parser: argparse.ArgumentParser, path: Path) -> None:
+    """Refuse a file that cannot be written now, not after minutes of training."""
+    folder = path.parent
+    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        parser.error(f"argument --plot: cannot write a file at {path}")
+
+
 def parse_args(argv: Sequence[str] | None, longest_context: int) -> argparse.Namespace:
     parser = base_parser(__doc__)
     parser.set_defaults(steps=800, batch_size=16, layers=3, width=128, lr=2e-3)
@@ -559,9 +566,7 @@ def parse_args(argv: Sequence[str] | None, longest_context: int) -> argparse.Nam
     check_heads(parser, args)
     if args.context > longest_context:
         parser.error(f"argument --context: expected at most {longest_context}, got {args.context}")
-    folder = args.plot.parent  # found missing now, not after minutes of training
-    if args.plot.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-        parser.error(f"argument --plot: cannot write a file at {args.plot}")
+    check_writable(parser, args.plot)
     return args
 
 

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fusednorm
-from fusednorm import backends
+from fusednorm import backends, coverage
 
 _ROWS, _COLS = 37, 1000
 _VARIABLES = ("FUSEDNORM_", "TRITON_", "CUDA_VISIBLE", "OMP_NUM", "TORCH_CUDA_ARCH")
@@ -165,4 +165,6 @@ def _results(function: Callable[..., Tensor], given: list[Tensor]) -> list[Tenso
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["coverage"]:
+        sys.exit(coverage.main(sys.argv[2:]))
     sys.exit(main())

@@ -94,8 +94,11 @@ def use_host(
         module = request.getfixturevalue("module")
         ctypes.CDLL(module.__file__).simt_device(processors, *DEVICES[capability])
         monkeypatch.setattr(cuda, "_C", module)
-        monkeypatch.setattr(backends, "cuda_missing", lambda: None)
-        monkeypatch.setattr(backends, "_cuda_unfit", lambda device: None)
+        launchers = backends.Launchers(cuda.layer_norm_fwd, cuda.layer_norm_bwd)
+        host = backends._TABLE["cuda"]._replace(
+            missing=lambda: None, unfit=lambda device: None, launchers=lambda: launchers
+        )
+        monkeypatch.setitem(backends._TABLE, "cuda", host)
 
     return use
 

@@ -74,7 +74,7 @@ def printed_curves(output: str) -> list[list[float]]:
 
 
 def printed_difference(output: str) -> float:
-    largest = re.search(r"largest difference of the curves: (\S+) ", output)
+    largest = re.search(r"largest difference of the curves: (\S+)\s", output)
     assert largest is not None, output
     return float(largest[1])
 
@@ -234,3 +234,85 @@ def test_adaln_refuses_in_one_line(
     assert output.out == ""
     assert output.err.count("\n") == 1
     assert "--width" in output.err
+
+
+# The encoder that sorts, and the norms compared --------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def encoder(train_gpt: ModuleType) -> ModuleType:
+    return load_example("encoder")
+
+
+@pytest.fixture(scope="module")
+def normalizations(train_gpt: ModuleType) -> ModuleType:
+    return load_example("normalizations")
+
+
+@pytest.mark.parametrize("form", ["", "--pre-norm"])
+def test_readable_encoder_trains_as_torchs(
+    encoder: ModuleType, capsys: pytest.CaptureFixture[str], tmp_path: Path, form: str
+) -> None:
+    """In float64: its roundings are 2^29 times smaller than those of float32."""
+    plot = tmp_path / "encoder.png"
+    assert encoder.main([*form.split(), "--layers=1", f"--steps={STEPS}", f"--plot={plot}"]) == 0
+    assert plot.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    output = capsys.readouterr().out
+    losses = re.findall(r"loss ([\d.]+) -> ([\d.]+), [\d.]+% sorted", output)
+    assert len(losses) == 2
+    # An untrained model knows nothing of ten digits: log(10) nats and what its start adds.
+    assert all(2.2 < float(first) < 3.2 for first, _ in losses)
+    assert all(float(last) < float(first) for first, last in losses)
+    assert printed_difference(output) < STEPS * ROUNDING * 2.0**-29 * float(losses[0][0])
+
+
+def test_readable_encoder_that_forgets_the_residual_is_found(
+    encoder: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = encoder.Layer.forward
+    monkeypatch.setattr(encoder.Layer, "forward", lambda self, x: whole(self, x) - 1e-6 * x)
+    assert encoder.main(["--layers=1", "--steps=2", "--plot=/dev/null"]) == 0
+    assert printed_difference(capsys.readouterr().out) > STEPS * ROUNDING * 2.0**-29
+
+
+def test_normalizations_writes_table_and_picture(
+    normalizations: ModuleType, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    small = ["--seeds=1", "--samples=32", f"--folder={tmp_path}"]
+    assert normalizations.main(small) == 0
+    assert (tmp_path / "normalizations.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    lines = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"\| a \| batch 1 \| [^|]*±[^|]*\| [^|]*±[^|]*\| refuses \|.*", lines[2])
+    rows = (tmp_path / "normalizations.csv").read_text().splitlines()
+    assert len(rows) == 1 + len(normalizations.NORMS) * (len(lines) - 2)
+    assert {line.split("|")[1].strip() for line in lines[2:]} == set("abcde")
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "named"),
+    [
+        ("encoder", "--layers 0", "--layers"),
+        ("encoder", "--steps 0", "--steps"),
+        ("encoder", "--seed -1", "--seed"),
+        ("encoder", "--plot no/such/folder/curves.png", "--plot"),
+        ("encoder", "--no-such-option", "--no-such-option"),
+        ("normalizations", "--seeds 0", "--seeds"),
+        ("normalizations", "--samples many", "--samples"),
+        ("normalizations", "--folder no/such/folder", "--folder"),
+        ("normalizations", "--batch-size 0", "--batch-size"),
+    ],
+)
+def test_other_examples_refuse_in_one_line(
+    request: pytest.FixtureRequest,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    options: str,
+    named: str,
+) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        request.getfixturevalue(name).main(options.split())
+    assert exit_.value.code == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err.count("\n") == 1
+    assert named in output.err

@@ -1,0 +1,151 @@
+"""The values at which a limit or a clamp changes sides; and short ways, which are to be taken."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from helpers import plain_spec
+
+import fusednorm
+from fusednorm import backends, reference
+from fusednorm.triton_kernels.launch import drop_below
+
+ALMOST_ONE = math.nextafter(1.0, 0.0)
+BELOW_ZERO = math.nextafter(0.0, -1.0)
+
+
+@pytest.fixture(params=backends.available())
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """A limit is the same whatever computes."""
+    with backends.use(request.param):
+        yield request.param
+
+
+# Rates of dropout
+
+
+@pytest.mark.parametrize(
+    ("p", "word"),
+    [
+        (0.0, 0),
+        (2.0**-34, 0),
+        (2.0**-32, 1),
+        (0.5, 2**31),
+        (1 - 2.0**-32, 2**32 - 1),
+        (1 - 2.0**-33, 2**32 - 1),
+        (ALMOST_ONE, 2**32 - 1),
+    ],
+)
+def test_rate_as_a_word(p: float, word: int) -> None:
+    """The rate is rounded to 32 bits, and 2^32, of which 32 bits would keep 0, is no word."""
+    assert drop_below(p) == word
+
+
+@pytest.mark.parametrize("p", [1 - 2.0**-33, ALMOST_ONE], ids=["1-2**-33", "1-2**-53"])
+def test_rate_of_almost_one_drops_all(backend: str, device: torch.device, p: float) -> None:
+    """One element in 2^32 is kept: of a few dozen none, in forward and backward."""
+    x = torch.ones(3, 9, device=device, requires_grad=True)
+    z, h = fusednorm.add_layer_norm(x, None, 9, dropout_p=p)
+    assert not h.any()
+    (dx,) = torch.autograd.grad((z, h), x, (torch.ones_like(z), torch.ones_like(h)))
+    assert not dx.any()
+
+
+def test_rate_of_almost_one_drops_all_in_the_reference() -> None:
+    """The equation in plain torch takes the same words as the kernels."""
+    x = torch.ones(3, 9)
+    spec = plain_spec((9,), 1e-5, x.dtype)._replace(h_dtype=x.dtype, dropout_p=ALMOST_ONE)
+    seed = torch.tensor([5])
+    assert not reference.layer_norm(x, None, None, None, None, None, None, seed, spec)[1].any()
+
+
+@pytest.mark.parametrize("p", [0.0, -0.0, 5e-324, ALMOST_ONE])
+def test_rates_that_are_taken(backend: str, device: torch.device, p: float) -> None:
+    """A rate may be all that is in [0, 1), of a function and of a module."""
+    x = torch.ones(3, 9, device=device)
+    kept = fusednorm.add_layer_norm(x, None, 9, dropout_p=p)[1]
+    assert kept.all() == (p < 0.5)
+    assert fusednorm.AddLayerNorm(9, dropout=p).dropout == p
+
+
+@pytest.mark.parametrize("p", [1.0, BELOW_ZERO])
+def test_rates_that_are_not_taken(backend: str, device: torch.device, p: float) -> None:
+    """The next numbers outside are errors, of a function and of a module."""
+    x = torch.ones(3, 9, device=device)
+    with pytest.raises(ValueError, match=r"dropout_p in \[0, 1\)"):
+        fusednorm.add_layer_norm(x, None, 9, dropout_p=p)
+    with pytest.raises(ValueError, match=r"dropout in \[0, 1\)"):
+        fusednorm.AddLayerNorm(9, dropout=p)
+
+
+# Short ways: for a small tensor the checks in Python cost more than all else, and a call that needs
+# none of them makes fewer calls.
+
+
+def calls(function: Callable[[], object]) -> int:
+    """Return how many functions written in Python `function` calls, once it has run before."""
+    function()
+    count = 0
+
+    def notice(frame: Any, event: str, argument: Any) -> None:
+        nonlocal count
+        count += event == "call"
+
+    before = sys.getprofile()
+    sys.setprofile(notice)
+    try:
+        function()
+    finally:
+        sys.setprofile(before)
+    return count
+
+
+X, W = torch.randn(3, 8), torch.ones(8)
+FUNCTIONS: dict[str, Callable[[Any, Any], object]] = {
+    "layer_norm": lambda shape, eps: fusednorm.layer_norm(X, shape, W, W, eps),
+    "rms_norm": lambda shape, eps: fusednorm.rms_norm(X, shape, W, eps),
+    "add_layer_norm": lambda shape, eps: fusednorm.add_layer_norm(X, X, shape, W, W, eps),
+    "add_layer_norm_without_residual": lambda shape, eps: fusednorm.add_layer_norm(
+        X, None, shape, W, W, eps
+    ),
+    "add_rms_norm": lambda shape, eps: fusednorm.add_rms_norm(X, X, shape, W, eps),
+    "add_norm_in_evaluation": lambda shape, eps: fusednorm.add_rms_norm(
+        X, X, shape, W, eps, dropout_p=0.5, training=False
+    ),
+}
+
+needs_extension = pytest.mark.skipif(
+    "cpu" not in backends.available(), reason="the compiled extension is not installed"
+)
+
+
+@needs_extension
+@pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
+def test_short_way_to_the_kernels(function: Callable[[Any, Any], object]) -> None:
+    """An int takes it as a tuple does; what has to be converted first does not."""
+    with backends.use("cpu"):
+        short = calls(lambda: function((8,), 1e-5))
+        assert calls(lambda: function(8, 1e-5)) == short
+        for long in ([8], 1e-5), (torch.Size([8]), 1e-5), ((8,), torch.tensor(1e-5)):
+            assert 2 * short < calls(lambda long=long: function(*long)), long
+
+
+def test_short_way_to_torchs_layer_norm() -> None:
+    """A layer norm of CPU tensors goes to torch at once, with or without parameters."""
+    short = calls(lambda: fusednorm.layer_norm(X, (8,), W, W, 1e-5))
+    assert calls(lambda: fusednorm.layer_norm(X, (8,), W)) == short
+    assert calls(lambda: fusednorm.layer_norm(X, (8,))) == short
+    assert 2 * short < calls(lambda: fusednorm.layer_norm(X, [8], W, W, 1e-5))
+
+
+def test_short_way_to_the_parameters() -> None:
+    """Reading them as attributes of the module would be calls of its `__getattr__`."""
+    norm = fusednorm.LayerNorm(8)
+    shape, weight, bias, eps = norm.normalized_shape, norm.weight, norm.bias, norm.eps
+    direct = calls(lambda: fusednorm.layer_norm(X, shape, weight, bias, eps))
+    assert calls(lambda: norm.forward(X)) == direct + 1
