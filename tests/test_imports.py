@@ -20,7 +20,10 @@ PUBLIC = frozenset(fusednorm.__all__)
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("bench", "examples"),
     ("fusednorm", "fusednorm.__main__", "fusednorm.coverage"),
-    ("fusednorm.functional", "fusednorm.modules", "fusednorm.replace", "fusednorm.arithmetic"),
+    (
+        *("fusednorm.functional", "fusednorm.modules", "fusednorm.replace"),
+        *("fusednorm.arithmetic", "fusednorm.torch_operators"),
+    ),
     ("fusednorm.route",),
     ("fusednorm.autograd",),
     ("fusednorm.ops", "fusednorm.backends"),

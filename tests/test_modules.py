@@ -621,10 +621,21 @@ def test_ada_norm_inputs_of_another_kind(name):
     assert str(raised.value) == f"AdaLayerNorm: expected {name} to be a Tensor, got NoneType"
 
 
+class _Checker(doctest.OutputChecker):
+    """Compares without the bias where torch's own layer norm does not show it, before 2.11."""
+
+    def check_output(self, want, got, optionflags):
+        if "bias" not in repr(nn.LayerNorm(8)):
+            want = want.replace(", bias=True", "")
+        return super().check_output(want, got, optionflags)
+
+
 def test_the_examples_in_the_docstrings():
-    result = doctest.testmod(modules)
-    assert result.attempted
-    assert not result.failed
+    runner = doctest.DocTestRunner(_Checker())
+    for test in doctest.DocTestFinder().find(modules):
+        runner.run(test)
+    assert runner.tries
+    assert not runner.failures
 
 
 # Deferred initialisation ---------------------------------------------------------------------
