@@ -90,7 +90,9 @@ def _parser() -> argparse.ArgumentParser:
     shown.add_argument("results", type=Path)
     for command in (run, shown):
         command.add_argument(
-            "--readme", action="store_true", help="put the common case's table into docs/performance.md"
+            "--readme",
+            action="store_true",
+            help="put the common case's table into docs/performance.md",
         )
     both = add("compare", _compare, "show what changed beyond the spread")
     both.add_argument("before", type=Path)

@@ -34,9 +34,7 @@ ROWS, COLS = 64, 1024
 WAYS = ("triton", "python", "extension")
 
 
-def start_by_triton(
-    kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
-) -> None:
+def start_by_triton(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
     """Start a kernel as Triton's documentation does it, binding its arguments each time."""
     kernel[grid](*arguments, **constants)
 

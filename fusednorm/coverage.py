@@ -110,7 +110,9 @@ class _Tally:
         for use, (dtype, weight, autocast) in _USES.items():
             mix = (dtype, weight if swap is None or swap.held.weight else None)
             known = swap is None or (
-                mix in dict(swap.rules) if autocast is None else (autocast, mix) in dict(swap.autocast)
+                mix in dict(swap.rules)
+                if autocast is None
+                else (autocast, mix) in dict(swap.autocast)
             )
             self.served[use] += known
 
@@ -182,7 +184,8 @@ def _transformers(name: str) -> Iterator[tuple[str, _Build]]:
 
 
 _FEW = dict.fromkeys(
-    ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers"), 2
+    ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers"),
+    2,
 )
 _NARROW = {
     **dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "embed_dim"), 64),
