@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.metadata
 import importlib.util
 import os
+import sysconfig
 from collections.abc import Callable, Iterator
 from functools import cache
 from typing import NamedTuple
@@ -90,6 +92,16 @@ def _triton_missing() -> str | None:
     return None
 
 
+def _wheel() -> str:
+    """Return for what the wheel that is installed was built."""
+    try:
+        about = importlib.metadata.distribution("fusednorm").read_text("WHEEL") or ""
+    except importlib.metadata.PackageNotFoundError:
+        about = ""
+    tags = [line.removeprefix("Tag: ") for line in about.splitlines() if line.startswith("Tag: ")]
+    return f"a wheel for {tags[0]}" if tags else "no wheel"
+
+
 @cache
 def extension_missing() -> str | None:
     """Return why the compiled extension cannot be loaded, or None once it is."""
@@ -103,7 +115,8 @@ def extension_missing() -> str | None:
     try:
         importlib.import_module(name)
     except ImportError as error:
-        return f"the compiled extension does not load: {error}"
+        here = f"{sysconfig.get_platform()} with torch {torch.__version__}"
+        return f"the compiled extension does not load: {error} (from {_wheel()}, on {here})"
     return None
 
 

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import sysconfig
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -283,6 +284,8 @@ def test_extension_that_does_not_load(detection: pytest.MonkeyPatch, tmp_path: P
     assert reason is not None
     assert reason.startswith("the compiled extension does not load: ")
     assert str(broken) in reason
+    assert f"on {sysconfig.get_platform()} with torch {torch.__version__}" in reason
+    assert "from a wheel for cp310-abi3-" in reason or "from no wheel" in reason
     assert fusednorm.layer_norm(torch.randn(2, 8), 8).shape == (2, 8)
 
 

@@ -85,7 +85,7 @@ def install(environment: Environment, wheel: Path) -> Path:
 def row(environment: Environment, wheel: Path) -> tuple[list[str], bool]:
     """Return the cells of an environment, and whether all is well there."""
     python = install(environment, wheel)
-    away = FOLDER / "away"  # where no source tree can be imported by chance
+    away = FOLDER / environment.name / "away"  # where no source tree can be imported by chance
     shutil.rmtree(away, ignore_errors=True)
     away.mkdir()
     for name in ("tests", "docs"):
@@ -94,11 +94,11 @@ def row(environment: Environment, wheel: Path) -> tuple[list[str], bool]:
         shutil.copy(ROOT / name, away)
     said = run([python, "-m", "fusednorm", "--json"], cwd=away)
     if said.returncode not in (0, 1) or not said.stdout:
-        return [environment.name, said.stderr.strip().splitlines()[-1], "", "", ""], False
+        return [environment.name, said.stderr.strip()[-200:].replace("\n", " ")], False
     report = json.loads(said.stdout)
     cpu = report["devices"][0]
     suite = run([python.parent / "pytest", "-q", *SELECTION], cwd=away)
-    outcome = suite.stdout.strip().splitlines()[-1].strip("= ")
+    outcome = ((suite.stdout or suite.stderr).splitlines() or ["no word"])[-1].strip("= ")
     cells = [
         environment.name,
         report["python"].split()[0],
