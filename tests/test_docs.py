@@ -145,6 +145,19 @@ def test_the_guarantees_name_tests_that_exist() -> None:
         assert f"def {function}(" in source if function else source
 
 
+def test_tests_cite_guarantees_that_exist() -> None:
+    """`Promise 2` in the first line of a test file is line 2 of the page, which names the file."""
+    rows = dict(
+        re.findall(r"^\| (\d+) \| (.*)$", (DOCS / "guarantees.md").read_text(), re.MULTILINE)
+    )
+    for file in (ROOT / "tests").glob("test_*.py"):
+        if cited := re.match(
+            r'"""Promises? (\d+)(?: and (\d+))?:', file.read_text(encoding="utf-8")
+        ):
+            for number in filter(None, cited.groups()):
+                assert file.name in rows[number]
+
+
 def test_every_question_is_answered_with_a_line_that_runs() -> None:
     text = (DOCS / "questions.md").read_text(encoding="utf-8")
     questions = text.split("\n## ")[1:]
