@@ -1,13 +1,17 @@
 # Everything runs in a virtual environment of the project's own, made on first use.
 # The compiled extension is built where there is a C++ compiler; FUSEDNORM_BUILD=none leaves it out.
 PYTHON ?= python3
-VENV := .venv
+# Another torch or Triton gets an environment of its own: make test TORCH=2.14.1, with the Triton that
+# it brings or with TRITON=3.6.0.
+TORCH ?=
+TRITON ?=
+VENV := .venv$(TORCH:%=-torch-%)$(TRITON:%=-triton-%)
 BIN := $(VENV)/bin
 JOBS ?= 2
 FUSEDNORM_BUILD ?= auto
 SOURCES := $(shell find csrc -type f ! -name '*.md')
 
-.PHONY: train test lint bench codegen mutants docs docs-serve clean
+.PHONY: train test lint bench mutants docs docs-serve wheel matrix release workflows clean
 
 train: $(VENV)/ready
 	$(BIN)/python examples/train_gpt.py $(ARGS)
@@ -19,8 +23,10 @@ test: $(VENV)/ready
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(SOURCES) $(wildcard tests/simt/*)
-	$(BIN)/mypy -p fusednorm
+	$(BIN)/clang-format --dry-run --Werror $(SOURCES) $(wildcard tests/simt/* tests/nvcc/*)
+	$(BIN)/mypy -p fusednorm -p bench
+	$(BIN)/mypy toolchain.py tools triton_kernels/config.py
+	$(BIN)/codespell $$(git ls-files)
 	@! $(BIN)/python -c 'import mkdocs' 2>/dev/null || $(SITE) build --strict
 
 # Two minutes of the benchmark: table, plots and page in bench/results. ARGS="--help" for more.
@@ -41,29 +47,56 @@ $(VENV)/ready-docs: $(VENV)/ready requirements-docs.txt
 	$(BIN)/pip install --quiet -r requirements-docs.txt
 	touch $@
 
-# Breaks each kernel in turn and shows what notices.
+# Breaks each kernel in turn, then the Python layer at random, and shows what notices.
+# ARGS="--help" for what to draw: --seed, --count and parts of names.
 mutants: $(VENV)/ready
 	OMP_NUM_THREADS=1 $(BIN)/python tests/mutants.py
+	OMP_NUM_THREADS=1 $(BIN)/python tests/python_mutants.py $(ARGS)
 
-$(VENV)/ready: requirements-dev.txt pyproject.toml setup.py $(SOURCES)
+# A release of torch asks for one Triton, so another one is put over it. Triton's interpreter takes
+# numpy 2.4 from 3.9 on.
+$(VENV)/ready: requirements-dev.txt pyproject.toml setup.py toolchain.py $(SOURCES)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet -r requirements-dev.txt
+	sed -e '' $(if $(TORCH),-e 's/^torch==.*/torch==$(TORCH)/') \
+		$(if $(TORCH)$(TRITON),-e '/^triton==/d' -e 's/^numpy==[^;]*/numpy<2.4/') \
+		requirements-dev.txt > $(VENV)/requirements.txt
+	$(BIN)/pip install --quiet -r $(VENV)/requirements.txt
+	$(if $(TRITON),$(BIN)/pip install --quiet triton==$(TRITON))
 	FUSEDNORM_BUILD=$(FUSEDNORM_BUILD) $(BIN)/pip install --quiet --no-build-isolation --no-deps -e .
 	touch $@
 
-# The code-generation tests under another Triton: make codegen TRITON=3.6.0
-TRITON ?= 3.6.0
-CODEGEN_VENV := .venv-triton-$(TRITON)
+# The sdist, and from it the wheel, which then has to pass what package indices and users ask of it.
+# FUSEDNORM_BUILD=cuda: with the CUDA kernels. torch's libraries are those of the torch that loads it.
+WHEEL_BUILD := $(if $(filter auto,$(FUSEDNORM_BUILD)),cpu,$(FUSEDNORM_BUILD))
+RAW := build/wheel
 
-codegen: $(CODEGEN_VENV)/ready
-	$(CODEGEN_VENV)/bin/python -m pytest tests/test_codegen.py $(ARGS)
+wheel: $(VENV)/ready-release
+	rm -rf $(RAW) dist
+	FUSEDNORM_BUILD=$(WHEEL_BUILD) $(BIN)/python -m build --no-isolation --outdir $(RAW)
+	$(if $(filter none,$(WHEEL_BUILD)),cp -r $(RAW) dist,\
+		PATH="$(BIN):$$PATH" $(BIN)/python -m auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' \
+		--wheel-dir dist $(RAW)/*.whl && cp $(RAW)/*.tar.gz dist && $(BIN)/abi3audit --strict --summary dist/*.whl)
+	$(BIN)/check-wheel-contents dist/*.whl
+	$(BIN)/python -m twine check --strict dist/*
+	ls -l dist
 
-$(CODEGEN_VENV)/ready: requirements-dev.txt pyproject.toml setup.py
-	$(PYTHON) -m venv $(CODEGEN_VENV)
-	grep -v '^triton==' requirements-dev.txt | sed 's/^numpy==.*/numpy<2.4/' > $(CODEGEN_VENV)/requirements.txt
-	$(CODEGEN_VENV)/bin/pip install --quiet -r $(CODEGEN_VENV)/requirements.txt triton==$(TRITON)
-	FUSEDNORM_BUILD=none $(CODEGEN_VENV)/bin/pip install --quiet --no-build-isolation --no-deps -e .
+# The wheel in clean environments: which torch, with and without Triton, NumPy and a compiler.
+matrix: $(VENV)/ready-release
+	$(BIN)/python tools/matrix.py $(ARGS)
+
+# Checks that tree, tag, version, changelog and docs agree: make release VERSION=0.1.0
+release:
+	$(PYTHON) tools/release.py $(VERSION)
+
+# The workflows and the forms, against their schemas.
+workflows: $(VENV)/ready-release
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/[!c]*.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.citation-file-format CITATION.cff
+
+$(VENV)/ready-release: $(VENV)/ready requirements-release.txt
+	$(BIN)/pip install --quiet -r requirements-release.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-triton-* build *.egg-info
+	rm -rf .venv .venv-* build dist *.egg-info

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,9 +21,16 @@ NORMS = {
     "add": "Add & LayerNorm",
     "add_rms": "Add & RMSNorm",
     "dropout": "dropout, Add & LayerNorm",
+    "layer_scale": "LayerScale, Add & LayerNorm",
     "adaln": "AdaLN",
+    "adaln_zero": "AdaLN-Zero",
     "frozen": "LayerNorm, frozen weights",
 }
+ADDED = ("add", "add_rms", "dropout", "layer_scale", "adaln_zero")
+"""Norms of a residual stream: h is an output, too."""
+
+GATED = ("layer_scale", "adaln_zero")
+MODULATED = ("adaln", "adaln_zero")
 PHASES = ("inference", "forward", "backward", "both")
 _NO_NEWS = ("dropout/inference", "frozen/inference", "frozen/forward")
 MODES = tuple(
@@ -31,6 +38,9 @@ MODES = tuple(
 )
 """A mode is a norm and a phase: the forward that saves nothing, the one that autograd records, the
 backward alone, or forward and backward."""
+
+COMMON = ("layer_norm/forward", "layer_norm/backward")
+"""The modes of the plots."""
 
 DTYPES = {
     "bfloat16": torch.bfloat16,
@@ -77,17 +87,22 @@ def floor_bytes(case: Case) -> int:
     """Return the fewest bytes that the case can move: each input read and each output written once.
 
     Statistics are float32. Where h is an output, its gradient is an input of the backward; dropout
-    makes the gradients of x and of the residual differ, and its mask costs nothing.
+    and a gate make the gradients of x and of the residual differ, a gate also reads x again, and
+    the mask of dropout costs nothing.
     """
     x = case.rows * case.cols * DTYPES[case.dtype].itemsize
     vector = case.cols * DTYPES[case.parameters].itemsize
     statistics = case.rows * (4 if "rms" in case.norm else 8)
-    activations = {"add": (4, 4), "add_rms": (4, 4), "dropout": (4, 5)}.get(case.norm, (2, 3))
-    vectors = {"rms_norm": (1, 2), "add_rms": (1, 2), "frozen": (2, 1)}.get(case.norm, (2, 3))
-    if case.norm == "adaln":
-        vectors = (2 * case.samples, 3 * case.samples)
-    inference = activations[0] * x + vectors[0] * vector
-    backward = activations[1] * x + vectors[1] * vector + statistics
+    forward, backward = (4, 4) if case.norm in ADDED else (2, 3)
+    backward += (case.norm == "dropout") + 2 * (case.norm in GATED)
+    read, trained = {"rms_norm": (1, 1), "add_rms": (1, 1), "frozen": (2, 0)}.get(case.norm, (2, 2))
+    if case.norm in MODULATED:
+        read, trained = 2 * case.samples, 2 * case.samples
+    gates = (case.samples if case.norm in MODULATED else 1) * (case.norm in GATED)
+    # A backward reads the weight or the scale, not the bias or the shift.
+    vectors = (read + gates, (case.samples if case.norm in MODULATED else 1) + trained + 2 * gates)
+    inference = forward * x + vectors[0] * vector
+    backward = backward * x + vectors[1] * vector + statistics
     return {
         "inference": inference,
         "forward": inference + statistics,
@@ -102,23 +117,28 @@ class Inputs:
 
     x: Tensor
     residual: Tensor | None
+    gate: Tensor | None
     weight: Tensor | None
     bias: Tensor | None
     scale: Tensor | None
     shift: Tensor | None
-    grads: tuple[Tensor, ...]  # of z, and of h where h is an output
+    grads: tuple[Tensor, ...] = ()  # of z, and of h where h is an output
 
     @property
     def leaves(self) -> list[Tensor]:
         """The tensors whose gradient is wanted."""
-        given = (self.x, self.residual, self.weight, self.bias, self.scale, self.shift)
-        return [tensor for tensor in given if tensor is not None and tensor.requires_grad]
+        return [tensor for tensor in self.tensors if tensor is not None and tensor.requires_grad]
+
+    @property
+    def tensors(self) -> list[Tensor | None]:
+        """What the equation is given, in the order of the fields."""
+        return [value for name, value in vars(self).items() if name != "grads"]
 
 
 def draw(case: Case, device: torch.device, generator: torch.Generator) -> Inputs:
     """Return fresh random inputs; their mean is not 0, so that a wrong mean shows."""
     shape: tuple[int, ...] = (case.rows, case.cols)
-    if case.norm == "adaln":
+    if case.norm in MODULATED:
         shape = (case.samples, case.rows // case.samples, case.cols)
     trains = case.phase != "inference"
 
@@ -134,16 +154,20 @@ def draw(case: Case, device: torch.device, generator: torch.Generator) -> Inputs
     if case.norm == "dropout":
         # No element is near 0, so that h shows which ones were dropped.
         x = (x.detach() + x.detach().sign() / 2).requires_grad_(trains)
-    added = case.norm in ("add", "add_rms", "dropout")
-    affine, modulated = case.norm != "adaln", case.norm == "adaln"
-    term = (case.samples, 1, case.cols)
+    added, modulated = case.norm in ADDED, case.norm in MODULATED
+
+    def term(wanted: bool = modulated) -> Tensor | None:
+        size = (case.samples, 1, case.cols) if modulated else (case.cols,)
+        return tensor(*size, dtype=case.parameters) if wanted else None
+
     return Inputs(
         x=x,
         residual=tensor(*shape, dtype=case.dtype) if added else None,
-        weight=parameter() if affine else None,
-        bias=parameter() if affine and "rms" not in case.norm else None,
-        scale=tensor(*term, dtype=case.parameters) if modulated else None,
-        shift=tensor(*term, dtype=case.parameters) if modulated else None,
+        gate=term(case.norm in GATED),
+        weight=None if modulated else parameter(),
+        bias=None if modulated or "rms" in case.norm else parameter(),
+        scale=term(),
+        shift=term(),
         grads=tuple(tensor(*shape, dtype=case.dtype, trains=False) for _ in range(1 + added)),
     )
 
@@ -159,6 +183,8 @@ def compose(case: Case, inputs: Inputs, keep: Tensor | None = None) -> tuple[Ten
     x = inputs.x
     if case.norm == "dropout":
         x = F.dropout(x, DROPOUT) if keep is None else x * keep / (1 - DROPOUT)
+    if inputs.gate is not None:
+        x = inputs.gate * x
     h = x if inputs.residual is None else inputs.residual + x
     if "rms" in case.norm:
         z = F.rms_norm(h, (case.cols,), inputs.weight, EPS)
@@ -172,13 +198,14 @@ def compose(case: Case, inputs: Inputs, keep: Tensor | None = None) -> tuple[Ten
 def wide(inputs: Inputs) -> Inputs:
     """Return the same values in float64."""
 
-    def convert(tensor: Tensor | None) -> Any:
-        if tensor is None:
-            return None
-        return tensor.detach().double().requires_grad_(tensor.requires_grad)
+    def convert(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(map(convert, value))
+        return (
+            value if value is None else value.detach().double().requires_grad_(value.requires_grad)
+        )
 
-    tensors = (convert(value) for name, value in vars(inputs).items() if name != "grads")
-    return Inputs(*tensors, grads=tuple(convert(grad) for grad in inputs.grads))
+    return Inputs(**{name: convert(value) for name, value in vars(inputs).items()})
 
 
 def wrong(case: Case, inputs: Inputs, outputs: tuple[Tensor, ...], grads: list[Tensor]) -> str:
@@ -241,6 +268,12 @@ MODELS = (
 LATENCY_COLS = (768, 1024, 4096, 8192, 16384)
 LATENCY_ROWS = (1, 8, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 AWKWARD_COLS = (100, 257, 1000, 1023, 3584, 5003, 7680, 10001, 50257)
+# What our CPU kernels are compared with torch's operators on, and what `backends` chooses by.
+CPU_SHAPES = (
+    *((64, 768), (512, 768), (2048, 768), (4096, 1024)),
+    *((1024, 4096), (4096, 4096), (512, 8192), (65536, 64)),
+)
+USES_SHAPES = ((4, 64), (64, 768), (512, 768), (1024, 4096))
 QUICK_COLS = (256, 1024, 4096, 16384)
 QUICK_ROWS = (1, 32, 512)
 
@@ -250,48 +283,42 @@ def sweep(cols: tuple[int, ...], itemsize: int, size: int) -> list[tuple[int, in
     return [(max(1, size // (n * itemsize)), n) for n in cols]
 
 
-GROUPS = ("bandwidth", "large", "latency", "tall", "awkward", "models", "quick")
-SWEEPS = {
-    **{"bandwidth": "cols", "large": "cols", "latency": "rows"},
-    **dict.fromkeys(("tall", "awkward", "models"), ""),
-}
+GRID = ("bandwidth", "large", "latency", "tall", "awkward", "models")
+GROUPS = (*GRID, "quick", "cpu", "uses", "host")
+SWEEPS = {"bandwidth": "cols", "large": "cols", "latency": "rows"}
 
 
 def shapes(group: str, itemsize: int, device: str) -> list[tuple[int, int]]:
-    """Return the (rows, columns) of a group.
-
-    Raises:
-        ValueError: There is no such group.
-    """
-    if group == "bandwidth":
-        return sweep(SWEEP_COLS, itemsize, 64 * MEBI)
-    if group == "large":
-        return sweep(SWEEP_COLS, itemsize, 256 * MEBI)
-    if group == "latency":
-        return [(rows, cols) for cols in LATENCY_COLS for rows in LATENCY_ROWS]
-    if group == "tall":
-        return [(2**power, cols) for cols in (64, 96, 128, 256) for power in (16, 18, 20)]
-    if group == "awkward":
-        return sweep(AWKWARD_COLS, itemsize, 64 * MEBI)
-    if group == "models":
-        return list(dict.fromkeys(MODELS))
+    """Return the (rows, columns) of a group of `GROUPS`."""
     if group == "quick":
         # What two minutes allow: one point of the sweeps for every factor of four. On a CPU more
         # than its caches hold, less than what malloc asks the system for at every call.
         size = 64 * MEBI if device == "cuda" else 24 * MEBI
         return sweep(QUICK_COLS, itemsize, size) + [(rows, 1024) for rows in QUICK_ROWS]
-    raise ValueError(f"group: expected one of {', '.join(GROUPS)}, got {group!r}")
+    return {
+        "bandwidth": sweep(SWEEP_COLS, itemsize, 64 * MEBI),
+        "large": sweep(SWEEP_COLS, itemsize, 256 * MEBI),
+        "latency": [(rows, cols) for cols in LATENCY_COLS for rows in LATENCY_ROWS],
+        "tall": [(2**power, cols) for cols in (64, 96, 128, 256) for power in (16, 18, 20)],
+        "awkward": sweep(AWKWARD_COLS, itemsize, 64 * MEBI),
+        "models": list(dict.fromkeys(MODELS)),
+        "cpu": list(CPU_SHAPES),
+        "uses": list(USES_SHAPES),
+        # Next to nothing to normalise: what is left of an eager call is the way there.
+        "host": [(64, 1024) if device == "cuda" else (4, 64)],
+    }[group]
 
 
 def cases(
-    groups: list[str], modes: list[str], dtypes: list[tuple[str, str]], device: str
+    groups: Sequence[str], modes: Sequence[str], dtypes: Sequence[tuple[str, str]], device: str
 ) -> Iterator[Case]:
     """Yield the grid; of the group `quick`, the less common modes at one shape only."""
     for group in groups:
         for dtype, parameters in dtypes:
             for index, (rows, cols) in enumerate(shapes(group, DTYPES[dtype].itemsize, device)):
+                along = SWEEPS.get(group, "")
+                if group == "quick":
+                    along = "cols" if index < len(QUICK_COLS) else "rows"
                 for mode in modes:
-                    common = mode in ("layer_norm/forward", "layer_norm/backward")
-                    if group != "quick" or common or index == 1:
-                        sweep = SWEEPS.get(group, "cols" if index < len(QUICK_COLS) else "rows")
-                        yield Case(mode, rows, cols, dtype, parameters, group, sweep)
+                    if group != "quick" or mode in COMMON or index == 1:
+                        yield Case(mode, rows, cols, dtype, parameters, group, along)

@@ -47,13 +47,13 @@ def changes(before: Results, after: Results, what: str) -> list[Change]:
     return sorted(found, key=lambda change: -change.factor)
 
 
-def describe(before: Results, after: Results, what: str | None = None) -> str:
+def describe(before: Results, after: Results) -> str:
     """Return the report.
 
     Raises:
         ValueError: The files have nothing in common.
     """
-    what = what or next(iter(metrics(after)), "eager")
+    what = next(iter(metrics(after)), "eager")
     found = changes(before, after, what)
     if not found:
         raise ValueError(f"compare: the two files have no timed cell of {what!r} in common")

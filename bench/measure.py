@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-import itertools
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 
@@ -16,7 +14,7 @@ from torch import Tensor
 
 from . import results, text, timing
 from .cases import DTYPES, Case, Inputs, draw, floor_bytes, wrong
-from .providers import Forward, Provider
+from .providers import Provider
 from .timing import Call, Measure
 
 COPY = "copy"
@@ -61,8 +59,8 @@ def measure(
     seed: int = 0,
     progress: bool = True,
     seconds: float | None = None,
-) -> Iterator[results.Cell]:
-    """Yield a cell for each provider and for the yardstick of each case, as cases get done.
+) -> Iterator[list[results.Cell]]:
+    """Yield the cells of each case as it gets done: one for each provider, and the yardstick's.
 
     After `seconds` no further case begins.
     """
@@ -72,7 +70,7 @@ def measure(
     for case in text.progress(cases, "case") if progress else cases:
         if time.monotonic() > end:
             return
-        yield from _measure_case(case, providers, device, settings, generator)
+        yield _measure_case(case, providers, device, settings, generator)
 
 
 def _measure_case(
@@ -86,17 +84,19 @@ def _measure_case(
     sets = timing.input_sets(floor_bytes(case), device)
     inputs = [draw(case, device, generator) for _ in range(sets)]
     cells = {COPY: _cell(case, COPY, device)}
-    contestants: dict[str, Measure] = {COPY: _copy(case, device, settings)}
+    contestants: dict[str, Measure] = {COPY: _copy(case, device, settings, sets)}
     for provider in providers:
-        if case.norm not in provider.norms:
+        if case.norm not in provider.norms or not provider.serves(case):
             continue
         cells[provider.name] = cell = _cell(case, provider.name, device)
         provider.new_case()
         try:
             with provider.scope(), _recording(case):
-                cell["note"] = check(case, provider, draw(case, device, generator))
+                fresh = draw(case, device, generator)
+                cell["note"] = check(case, provider, fresh)
                 cell["status"] = "wrong" if cell["note"] else "ok"
                 if not cell["note"]:
+                    cell["note"] = provider.ran(case, fresh)
                     contestants[provider.name] = contestant(case, provider, inputs, settings)
         except Exception as error:  # a peer may fail in any way; the others go on
             cell["status"] = "failed"
@@ -139,29 +139,26 @@ def check(case: Case, provider: Provider, inputs: Inputs) -> str:
     return wrong(case, inputs, outputs, list(grads))
 
 
-def _call(case: Case, forward: Forward, inputs: Inputs) -> Call:
-    """Return what is timed of a phase."""
-    if case.phase == "backward":
-        return timing.backward_call(forward(), inputs.leaves, inputs.grads)
-    if case.phase == "both":
-        return lambda: torch.autograd.grad(forward(), inputs.leaves, inputs.grads)
-    return forward
+def calls_of(case: Case, provider: Provider, inputs: Sequence[Inputs]) -> list[Call]:
+    """Return what is timed of a phase, for each set of inputs."""
+
+    def call(each: Inputs) -> Call:
+        forward = provider.norms[case.norm](case, each)
+        if case.phase == "both":
+            return lambda: torch.autograd.grad(forward(), each.leaves, each.grads)
+        if case.phase != "backward":
+            return forward
+        outputs = forward()
+        return lambda: torch.autograd.grad(outputs, each.leaves, each.grads, retain_graph=True)
+
+    return [call(each) for each in inputs]
 
 
 def contestant(
     case: Case, provider: Provider, inputs: Sequence[Inputs], settings: Settings
 ) -> Measure:
     """Return what measures a provider on a case, in rotation over sets of inputs."""
-    device = inputs[0].x.device
-    norm = provider.norms[case.norm]
-    if device.type != "cuda":
-        measure = _cpu_measure(_call(case, norm(case, inputs[0]), inputs[0]), settings)
-    else:
-        stream = torch.cuda.Stream(device)
-        # Autograd runs a backward on the stream of its forward, so the capture needs both on one.
-        with torch.cuda.stream(stream):
-            bound = [_call(case, norm(case, each), each) for each in inputs]
-            measure = _cuda_measure(bound, stream, settings)
+    measure = _measure(lambda: calls_of(case, provider, inputs), inputs[0].x.device, settings)
 
     def in_scope() -> dict[str, float]:
         with provider.scope(), _recording(case):
@@ -170,44 +167,48 @@ def contestant(
     return in_scope
 
 
-def _copy(case: Case, device: torch.device, settings: Settings) -> Measure:
+def _copy(case: Case, device: torch.device, settings: Settings, sets: int) -> Measure:
     size = floor_bytes(case)
-    if device.type != "cuda":
-        chunk = case.rows * case.cols * DTYPES[case.dtype].itemsize
-        return _cpu_measure(timing.copy_call(size, device, chunk, fresh=True), settings)
-    stream = torch.cuda.Stream(device)
-    sets = timing.input_sets(size, device)
-    with torch.cuda.stream(stream):
-        copies = [timing.copy_call(size, device, size) for _ in range(sets)]
-        return _cuda_measure(copies, stream, settings)
+    chunk = case.rows * case.cols * DTYPES[case.dtype].itemsize if device.type == "cpu" else size
+    return _measure(
+        lambda: [timing.copy_call(size, device, chunk) for _ in range(sets)], device, settings
+    )
 
 
-def _cpu_measure(call: Call, settings: Settings) -> Measure:
+def _measure(make: Callable[[], list[Call]], device: torch.device, settings: Settings) -> Measure:
+    """Return what measures calls in turn; they are made on the stream that they are timed on."""
+    if device.type == "cuda":
+        return _cuda_measure(make, torch.cuda.Stream(device), settings)
+    call = timing.in_turn(make())
     call()
     count = timing.calls_within(call, settings.seconds, settings.calls, settings.clock)
     return lambda: {"eager": timing.median_seconds(call, count, settings.clock)}
 
 
-def _cuda_measure(calls: list[Call], stream: torch.cuda.Stream, settings: Settings) -> Measure:
-    for call in calls * 2:
-        call()
-    stream.synchronize()
-    cycle = itertools.cycle(calls)
-    eager_call: Call = lambda: next(cycle)()  # noqa: E731
-    once = timing.loop_seconds(eager_call, 3, stream.synchronize)
-    count = max(1, min(settings.calls, int(settings.seconds / once)))
-    replays = max(1, min(settings.calls, int(settings.seconds / once / len(calls))))
-    device = timing.graph_seconds(calls, stream, replays)
+def _cuda_measure(
+    make: Callable[[], list[Call]], stream: torch.cuda.Stream, settings: Settings
+) -> Measure:
+    # Autograd runs a backward on the stream of its forward, so the capture needs both on one.
+    stream.wait_stream(torch.cuda.current_stream(stream.device))
+    with torch.cuda.stream(stream):
+        calls = make()
+        call = timing.in_turn(calls)
+        for _ in range(2 * len(calls)):
+            call()
+        stream.synchronize()
+        once = timing.loop_seconds(call, 3, stream.synchronize)
+        count = max(1, min(settings.calls, int(settings.seconds / once)))
+        replays = max(1, min(settings.calls, int(settings.seconds / once / len(calls))))
+        device = timing.graph_seconds(calls, stream, replays)
 
     def measure() -> dict[str, float]:
         with torch.cuda.stream(stream):
-            eager = timing.loop_seconds(eager_call, count, stream.synchronize)
+            eager = timing.loop_seconds(call, count, stream.synchronize)
             return {**device(), "eager": eager, **timing.do_bench_seconds(calls[0])}
 
     return measure
 
 
-@functools.cache
 def asymptote(device: torch.device) -> float:
     """Return the copy bandwidth that no case can exceed, in GB/s."""
     return timing.asymptotic_bandwidth(device) / 1e9

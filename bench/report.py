@@ -5,15 +5,17 @@ from __future__ import annotations
 import base64
 import html
 import io
+import math
 import re
 import sys
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from statistics import geometric_mean, median
 from typing import Any
 
 from . import text
-from .cases import PHASES
+from .cases import COMMON, PHASES
 from .measure import COPY
 from .results import Cell, Results, by_case, case_name, metrics
 from .timing import ratio
@@ -54,40 +56,43 @@ def best(cells: dict[str, Cell], what: str, ours: bool | None = None) -> str | N
     return min(timed, key=timed.__getitem__) if timed else None
 
 
+def versus(cells: dict[str, Cell], what: str) -> tuple[float, float] | None:
+    """Return the time of the best other provider over ours, and its spread; None without both.
+
+    Ours is what users get who ask for nothing, the best of our backends where that was not timed.
+    """
+    automatic = what in cells.get("fusednorm", {}).get("seconds", {})
+    ours = "fusednorm" if automatic else best(cells, what, ours=True)
+    theirs = best(cells, what, ours=False)
+    if not ours or not theirs:
+        return None
+    return ratio(cells[theirs]["seconds"][what], cells[ours]["seconds"][what])
+
+
 def rows(results: Results, what: str) -> Iterator[list[str]]:
     """Yield the rows of the table of one figure: a case, the copy, the providers, us / the best."""
-    names = providers(results)
     for cells in by_case(results).values():
-        copy = cells[COPY]
-        if what not in copy["seconds"]:
-            continue
-        if not any(what in cell["seconds"] for name, cell in cells.items() if name != COPY):
+        copy, fastest = cells[COPY], best(cells, what)
+        if what not in copy["seconds"] or not fastest:
             continue
         gbps = copy["bytes"] / median(copy["seconds"][what]) / 1e9
-        line = [case_name(copy), f"{gbps:.0f} GB/s"]
-        fastest = best(cells, what)
-        line += [_entry(cells, name, what, name == fastest) for name in names]
-        ours, theirs = best(cells, what, ours=True), best(cells, what, ours=False)
-        versus = ""
-        if ours and theirs:
-            factor, noise = ratio(cells[theirs]["seconds"][what], cells[ours]["seconds"][what])
-            versus = f"{factor:.2f}x ±{noise:.0%}"
-        yield [*line, versus]
+        entries = [_entry(cells, name, what, name == fastest) for name in providers(results)]
+        found = versus(cells, what)
+        last = "{:.2f}x ±{:.0%}".format(*found) if found else ""
+        yield [case_name(copy), f"{gbps:.0f} GB/s", *entries, last]
 
 
 def summary(results: Results, what: str) -> list[str]:
     """Return a line for each phase: the geometric mean of the best other's time over ours."""
     factors: dict[str, list[float]] = {}
     for cells in by_case(results).values():
-        ours, theirs = best(cells, what, ours=True), best(cells, what, ours=False)
-        if ours and theirs:
-            times = (cells[name]["seconds"][what] for name in (theirs, ours))
-            factors.setdefault(cells[COPY]["mode"].split("/")[1], []).append(ratio(*times)[0])
+        if found := versus(cells, what):
+            factors.setdefault(cells[COPY]["mode"].split("/")[1], []).append(found[0])
     return [
-        f"{phase}: {geometric_mean(found):.2f}x as fast as the best other provider "
-        f"(geometric mean), faster in {sum(factor > 1 for factor in found)} of {len(found)} cases"
+        f"{phase}: {geometric_mean(all_of):.2f}x as fast as the best other provider "
+        f"(geometric mean), faster in {sum(factor > 1 for factor in all_of)} of {len(all_of)} cases"
         for phase in PHASES
-        if (found := factors.get(phase))
+        if (all_of := factors.get(phase))
     ]
 
 
@@ -115,9 +120,11 @@ def headers(results: Results) -> list[str]:
 
 
 def facts(results: Results) -> list[tuple[str, str]]:
-    """Return the environment, the yardstick and what is missing."""
+    """Return the environment, the yardstick, what ran unseen and what is missing."""
     lines = [(name, str(value)) for name, value in results["environment"].items()]
     lines.append(("large copy", f"{results['copy_gbps']:.1f} GB/s"))
+    ran = Counter((c["provider"], c["note"]) for c in results["cells"] if c["status"] == "ok")
+    lines += [(name, f"{note} in {n} cases") for (name, note), n in ran.items() if note]
     lines += [(name, f"missing: {why}") for name, why in results["missing"].items()]
     return lines
 
@@ -152,50 +159,48 @@ def terminal(results: Results) -> str:
     return "\n\n".join(parts)
 
 
-def plots(results: Results) -> dict[str, Any]:
-    """Return the figures that the results have points for, by name."""
+def plots(results: Results) -> dict[str, str]:
+    """Return the SVG of the figures that the results have points for, by name."""
     import matplotlib
 
     matplotlib.use("Agg")
     # Words stay words, and the same results give the same file.
     matplotlib.rcParams.update({"svg.hashsalt": "fusednorm", "font.size": 9})
-    figures = {}
+    made = {}
     for what in metrics(results)[:1]:
-        for name, sweep, axis in (("bandwidth", "cols", "N"), ("latency", "rows", "M")):
+        heading = f"{results['environment']['device']}: {LABELS[what]}"
+        for name, sweep in (("bandwidth", "cols"), ("latency", "rows")):
             if panels := _panels(results, sweep, what):
-                figures[name] = _figure(panels, sweep, axis, what, results)
-    return figures
+                drawn = io.StringIO()
+                figure = _figure(panels, sweep, heading)
+                figure.savefig(drawn, format="svg", metadata={"Date": None})
+                made[name] = drawn.getvalue()
+    return made
 
 
-def _panels(results: Results, sweep: str, what: str) -> dict[str, dict[str, list[tuple[int, Any]]]]:
+Points = list[tuple[int, float]]
+
+
+def _panels(results: Results, sweep: str, what: str) -> dict[str, dict[str, Points]]:
     """Return for each panel, for each provider, its points in the order of the sweep."""
-    panels: dict[str, dict[str, list[tuple[int, Any]]]] = {}
+    panels: dict[str, dict[str, Points]] = {}
     for cells in by_case(results).values():
         head = cells[COPY]
-        common = head["mode"] in ("layer_norm/forward", "layer_norm/backward")
-        if head["sweep"] != sweep or not common:
+        if head["sweep"] != sweep or head["mode"] not in COMMON:
             continue
         title = f"{head['mode'].split('/')[1]}, {head['dtype']}"
         if sweep == "rows":
             title += f", N = {head['cols']}"
         for name, cell in cells.items():
-            if what not in cell["seconds"]:
-                continue
-            if sweep == "cols":
-                value = 1.0 if name == COPY else share_of_copy(cells, name, what)
-            else:
-                value = median(cell["seconds"][what])
-            panels.setdefault(title, {}).setdefault(name, []).append((head[sweep], value))
+            if what in cell["seconds"]:
+                seconds = median(cell["seconds"][what])
+                share = 1.0 if name == COPY else share_of_copy(cells, name, what)
+                value = 1e6 * seconds if sweep == "rows" else 100 * (share or math.nan)
+                panels.setdefault(title, {}).setdefault(name, []).append((head[sweep], value))
     return panels
 
 
-def _figure(
-    panels: dict[str, dict[str, list[tuple[int, Any]]]],
-    sweep: str,
-    axis: str,
-    what: str,
-    results: Results,
-) -> Any:
+def _figure(panels: dict[str, dict[str, Points]], sweep: str, heading: str) -> Any:
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter
 
@@ -207,46 +212,25 @@ def _figure(
     for place, (title, lines) in enumerate(panels.items()):
         plot = figure.add_subplot(down, across, place + 1)
         for name, points in lines.items():
-            xs, ys = zip(*sorted(points), strict=True)
-            scale = 100 if sweep == "cols" else 1e6
-            style = (
-                {"color": "0.5", "linestyle": "--"}
-                if name == COPY
-                else {
-                    "color": f"C{names.index(name)}",
-                    "marker": "o",
-                    "markersize": 3.5,
-                }
-            )
-            plot.plot(
-                xs,
-                [y * scale for y in ys],
-                label=name,
-                linewidth=2.2 if is_ours(name) else 1.2,
-                **style,
-            )
+            style: dict[str, Any] = {"color": "0.5", "linestyle": "--"}
+            if name != COPY:
+                style = {"color": f"C{names.index(name)}", "marker": "o", "markersize": 3.5}
+            width = 2.2 if is_ours(name) else 1.2
+            plot.plot(*zip(*sorted(points), strict=True), label=name, linewidth=width, **style)
+        plain = FuncFormatter(lambda value, _: f"{value:g}")
         plot.set_xscale("log", base=2)
-        plot.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+        plot.xaxis.set_major_formatter(plain)
         if sweep == "cols":
+            plot.set(xlabel="N", ylabel="% of the speed of a copy", title=title)
             plot.set_ylim(bottom=0)
-            plot.set_ylabel("% of the speed of a copy")
         else:
-            plot.set_yscale("log")
-            plot.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
-            plot.set_ylabel("us a call")
-        plot.set_xlabel(axis)
-        plot.set_title(title)
+            plot.set(xlabel="M", ylabel="us a call", title=title, yscale="log")
+            plot.yaxis.set_major_formatter(plain)
         plot.grid(alpha=0.3)
     lines_of = dict(zip(*reversed(figure.axes[0].get_legend_handles_labels()), strict=True))
     figure.legend(lines_of.values(), lines_of.keys(), loc="outside lower center", ncols=4)
-    figure.suptitle(f"{results['environment']['device']}: {LABELS[what]}")
+    figure.suptitle(heading)
     return figure
-
-
-def _svg(figure: Any) -> str:
-    text = io.StringIO()
-    figure.savefig(text, format="svg", metadata={"Date": None})
-    return text.getvalue()
 
 
 _STYLE = """
@@ -276,24 +260,23 @@ def _html_table(lines: list[list[str]], heading: list[str]) -> str:
     return f"<table><thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table>"
 
 
-def page(results: Results, figures: dict[str, Any]) -> str:
+def page(results: Results, drawings: Mapping[str, str]) -> str:
     """Return the HTML page, with the plots inside."""
     device = html.escape(results["environment"]["device"])
     parts = [f"<h1>fusednorm on {device}</h1>"]
     for what in metrics(results)[:1]:
-        items = "".join(f"<li>{html.escape(line)}</li>" for line in summary(results, what))
-        parts.append(f"<p>{html.escape(LABELS[what].capitalize())}:</p><ul>{items}</ul>")
-    for name, figure in figures.items():
-        data = base64.b64encode(_svg(figure).encode()).decode()
+        parts.append(f"<p>{html.escape(LABELS[what].capitalize())}:</p>")
+        parts.append(_html_list(summary(results, what)))
+    for name, drawing in drawings.items():
+        data = base64.b64encode(drawing.encode()).decode()
         parts.append(f'<p><img alt="{name}" src="data:image/svg+xml;base64,{data}"></p>')
     for what in metrics(results):
-        lines = list(rows(results, what))
         parts.append(f"<h2>{html.escape(LABELS[what].capitalize())}</h2>")
         parts.append(f"<p>{html.escape(LEGEND.format(mark='Green'))}</p>")
-        parts.append(f'<div class="scroll">{_html_table(lines, headers(results))}</div>')
+        lines = _html_table(list(rows(results, what)), headers(results))
+        parts.append(f'<div class="scroll">{lines}</div>')
     if failed := problems(results):
-        items = "".join(f"<li>{html.escape(line)}</li>" for line in failed)
-        parts.append(f"<h2>Not timed</h2><ul>{items}</ul>")
+        parts += ["<h2>Not timed</h2>", _html_list(failed)]
     known = "".join(
         f"<tr><td>{html.escape(name)}</td><td>{html.escape(value)}</td></tr>"
         for name, value in facts(results)
@@ -307,22 +290,19 @@ def page(results: Results, figures: dict[str, Any]) -> str:
     )
 
 
+def _html_list(lines: Iterable[str]) -> str:
+    return "<ul>" + "".join(f"<li>{html.escape(line)}</li>" for line in lines) + "</ul>"
+
+
 def write(results: Results, path: Path) -> list[Path]:
     """Write plots and page beside the results file `path`; return what was written."""
-    figures = {}
+    drawings: dict[str, str] = {}
     try:
-        figures = plots(results)
+        drawings = plots(results)
     except ImportError as error:
         print(f"bench: no plots: {error}; `bench report` makes them later", file=sys.stderr)
-    written = []
-    for name, figure in figures.items():
-        for ending in ("png", "svg"):
-            target = path.with_name(f"{path.stem}-{name}.{ending}")
-            if ending == "svg":
-                target.write_text(_svg(figure), encoding="utf-8")
-            else:
-                figure.savefig(target, dpi=150)
-            written.append(target)
-    target = path.with_suffix(".html")
-    target.write_text(page(results, figures), encoding="utf-8")
-    return [*written, target]
+    files = {path.with_name(f"{path.stem}-{name}.svg"): text for name, text in drawings.items()}
+    files[path.with_suffix(".html")] = page(results, drawings)
+    for target, content in files.items():
+        target.write_text(content, encoding="utf-8")
+    return list(files)

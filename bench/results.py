@@ -101,7 +101,9 @@ def save(results: Results, path: Path) -> None:
     head = {key: value for key, value in results.items() if key != "cells"}
     cells = ",\n".join(f"  {json.dumps(cell)}" for cell in results["cells"])
     text = json.dumps(head, indent=1).removesuffix("\n}")
-    path.write_text(f'{text},\n "cells": [\n{cells}\n ]\n}}\n', encoding="utf-8")
+    part = path.with_suffix(".part")
+    part.write_text(f'{text},\n "cells": [\n{cells}\n ]\n}}\n', encoding="utf-8")
+    part.replace(path)  # whoever is ended in the middle leaves the former file
 
 
 def load(path: Path) -> Results:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-import re
-import shutil
-import subprocess
+import math
 import time
 from dataclasses import replace
 from statistics import median
@@ -75,7 +73,7 @@ def _sleep(call: timing.Call, share: float) -> timing.Call:
             call()
         end.record()
         end.synchronize()
-        return start.elapsed_time(end) / 20
+        return float(start.elapsed_time(end)) / 20
 
     cycles = 1_000_000
     for _ in range(2):  # the first time warms up
@@ -95,7 +93,7 @@ def wrong_mean(inputs: Inputs, case: Case) -> torch.Tensor:
 
 def uncertainty(noise: float, rounds: int) -> float:
     """Return three standard errors of a median, by half the interquartile range of the rounds."""
-    return 3 * 1.2533 * noise / 0.6745 / rounds**0.5
+    return 3 * 1.2533 * noise / 0.6745 / math.sqrt(rounds)
 
 
 def copies(device: torch.device, settings: Settings) -> dict[str, tuple[float, float]]:
@@ -105,10 +103,10 @@ def copies(device: torch.device, settings: Settings) -> dict[str, tuple[float, f
     On a CPU one thread copies, and the other copy is the C library's; on a GPU, where torch calls
     the driver's copy, it is a kernel that changes the sign on the way.
     """
-    size = timing.LARGE[device.type] // 4  # short enough for many rounds, and no cache holds it
-    source, target = (torch.ones(size // 8, device=device) for _ in range(2))
-    settle = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
-    calls: dict[str, timing.Call] = {"yardstick": lambda: target.copy_(source)}
+    # Short enough for many rounds, and no cache holds it.
+    copy, source, target = timing.large_copy(device, 4)
+    size, wait = timing.LARGE[device.type] // 4, timing.settle(device)
+    calls: dict[str, timing.Call] = {"yardstick": copy}
     if device.type == "cuda":
         calls["a kernel"] = lambda: torch.neg(source, out=target)
     else:
@@ -116,7 +114,7 @@ def copies(device: torch.device, settings: Settings) -> dict[str, tuple[float, f
         calls["memmove"] = lambda: ctypes.memmove(*places)
 
     def contestant(call: timing.Call) -> timing.Measure:
-        return lambda: {"copy": timing.loop_seconds(call, 1, settle, settings.clock)}
+        return lambda: {"copy": timing.loop_seconds(call, 1, wait, settings.clock)}
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -125,20 +123,6 @@ def copies(device: torch.device, settings: Settings) -> dict[str, tuple[float, f
     ours = found.pop("yardstick")["copy"]
     print(f"large copy   {size / median(ours) / 1e9:.1f} GB/s, the yardstick's")
     return {name: timing.ratio(ours, other["copy"]) for name, other in found.items()}
-
-
-def mbw() -> float | None:
-    """Return the GB/s that the program of this name measures; None where it is not installed."""
-    if shutil.which("mbw") is None:
-        return None
-    done = subprocess.run(
-        ["mbw", "-q", "-t0", "-n", "11", str(timing.LARGE["cpu"] // 2 >> 20)],
-        check=True,
-        capture_output=True,
-        text=True,
-    )
-    rounds = re.findall(r"^\d+\t.*Copy: ([\d.]+) MiB/s", done.stdout, re.MULTILINE)
-    return 2 * 1.048576e-3 * median(map(float, rounds))
 
 
 def planted(torch_provider: Provider, clock: timing.Clock = time.perf_counter) -> list[Provider]:
@@ -156,7 +140,7 @@ def run(device: torch.device, settings: Settings) -> bool:
     """Print what the harness says about the planted faults; return whether it saw them."""
     (torch_provider,), _ = find(["torch"], device)
     contestants = planted(torch_provider, settings.clock)
-    found = measure([CASES[device.type]], contestants, device, settings)
+    (found,) = measure([CASES[device.type]], contestants, device, settings)
     cells = {cell["provider"]: cell for cell in found}
     what = "device" if device.type == "cuda" else "eager"
     base = cells["torch"]["seconds"][what]
@@ -184,6 +168,4 @@ def run(device: torch.device, settings: Settings) -> bool:
             f"{name:12} {factor:.3f}x its speed, spread {noise:.1%}, of the median {error:.1%}: "
             f"{'ok' if agree else 'FAILED'}"
         )
-    if device.type == "cpu" and (speed := mbw()) is not None:
-        print(f"mbw          {speed:.1f} GB/s by its own clock, in memory of its own")
     return all(passed)

@@ -13,8 +13,8 @@ T = TypeVar("T")
 _TO_THE_RIGHT = re.compile(r"[-+.\d]|[A-Z]+$|$")
 """How a number, the status of a cell, or nothing begins."""
 
-QUIET = 20.0
-"""Seconds between two lines of progress where the output is no terminal."""
+PAUSE = {"": 0.2, "\n": 20.0}
+"""Seconds between two signs of progress, where they overwrite each other and where they do not."""
 
 
 def table(rows: Iterable[Sequence[str]], headers: Sequence[str] = ()) -> str:
@@ -36,17 +36,14 @@ def table(rows: Iterable[Sequence[str]], headers: Sequence[str] = ()) -> str:
 
 
 def progress(items: Sequence[T], unit: str) -> Iterator[T]:
-    """Yield the items and show on stderr how many are done, and about how long the rest takes."""
+    """Yield the items; say on stderr how many are done, and about how long the rest takes."""
     start = last = time.monotonic()
-    terminal = sys.stderr.isatty()
+    ends = ("\r", "") if sys.stderr.isatty() else ("", "\n")
     for done, item in enumerate(items, 1):
         yield item
         now = time.monotonic()
-        if not terminal and now - last < QUIET and done < len(items):
-            continue
-        last = now
-        rest = (now - start) / done * (len(items) - done)
-        bar = "#" * (20 * done // len(items))
-        line = f"[{bar:20}] {done}/{len(items)} {unit}s, {now - start:.0f} s, {rest:.0f} s left"
-        ends = ("\r", " \n"[done == len(items)]) if terminal else ("", "\n")
-        print(f"{ends[0]}{line:60}{ends[1]}", end="", file=sys.stderr, flush=True)
+        if now - last > PAUSE[ends[1]] or done == len(items):
+            last, rest = now, (now - start) / done * (len(items) - done)
+            line = f"{done}/{len(items)} {unit}s, {now - start:.0f} s, {rest:.0f} s left"
+            end = "\n" if done == len(items) else ends[1]
+            print(f"{ends[0]}{line:60}", end=end, file=sys.stderr, flush=True)

@@ -6,10 +6,11 @@ interleave the contestants in changing order, so that what drifts drifts for all
 
 from __future__ import annotations
 
+import itertools
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
-from statistics import median
+from statistics import median, quantiles
 from typing import Any
 
 import torch
@@ -52,15 +53,8 @@ def spread(rounds: Sequence[float]) -> float:
     """Return half of the interquartile range, as a share of the median."""
     if len(rounds) < 2:
         return 0.0
-    ordered = sorted(rounds)
-
-    def quantile(share: float) -> float:
-        place = share * (len(ordered) - 1)
-        low = int(place)
-        high = min(low + 1, len(ordered) - 1)
-        return ordered[low] + (place - low) * (ordered[high] - ordered[low])
-
-    return (quantile(0.75) - quantile(0.25)) / 2 / median(ordered)
+    low, _, high = quantiles(rounds, n=4, method="inclusive")
+    return (high - low) / 2 / median(rounds)
 
 
 def ratio(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float]:
@@ -101,14 +95,34 @@ def median_seconds(call: Call, calls: int, clock: Clock = time.perf_counter) -> 
     return median(seconds)
 
 
+def in_turn(calls: Sequence[Call]) -> Call:
+    """Return a call of the next of `calls`, whose results live until its next turn.
+
+    Results that nobody keeps all land in the block that the last ones left, which stays in the
+    cache: writing would cost nothing at sizes near it. Kept, they rotate with the inputs.
+    """
+    kept: list[Any] = [None] * len(calls)
+    turns = itertools.cycle(range(len(calls)))
+
+    def call() -> Any:
+        turn = next(turns)
+        kept[turn] = None
+        kept[turn] = calls[turn]()
+        return kept[turn]
+
+    return call
+
+
 def graph_seconds(calls: Sequence[Call], stream: torch.cuda.Stream, replays: int) -> Measure:
     """Capture the calls, one for each set of inputs, and return what times their replay.
 
-    The inputs of one call have left the cache by the time the next replay reads them again.
+    The inputs of one call have left the cache by the time the next replay reads them again, and so
+    have the lines that it writes.
     """
     graph = torch.cuda.CUDAGraph()
+    call = in_turn(calls)
     with torch.cuda.graph(graph, stream=stream):
-        for call in calls:
+        for _ in calls:
             call()
 
     def measure() -> dict[str, float]:
@@ -125,63 +139,63 @@ def graph_seconds(calls: Sequence[Call], stream: torch.cuda.Stream, replays: int
 
 
 def do_bench_seconds(call: Call) -> dict[str, float]:
-    """Return Triton's benchmark of the call, its median and the quantiles usually quoted."""
+    """Return the median of Triton's benchmark of the call, the figure that is usually quoted."""
     from triton.testing import do_bench
 
-    middle, low, high = do_bench(call, warmup=5, rep=20, quantiles=(0.5, 0.2, 0.8))
-    return {"do_bench": middle / 1e3, "do_bench_p20": low / 1e3, "do_bench_p80": high / 1e3}
+    return {"do_bench": do_bench(call, warmup=5, rep=20, return_mode="median") / 1e3}
 
 
-def copy_call(size: int, device: torch.device, chunk: int, fresh: bool = False) -> Call:
-    """Return a call that copies `size` / 2 bytes, and so moves `size`.
+def copy_call(size: int, device: torch.device, chunk: int) -> Call:
+    """Return a call that copies `size` / 2 bytes to fresh memory, and so moves `size`.
 
     Args:
         size: Bytes read and written.
         device: Where.
         chunk: Bytes of one copy at most. Fresh memory of another size than that of the outputs of a
             norm would not cost the same: from some size on it comes from the system each time.
-        fresh: Whether it copies to fresh memory, as `clone` does, or to memory of its own.
     """
     whole, rest = divmod(max(4, size // 2), chunk)
     lengths = [chunk // 4] * whole + ([rest // 4] if rest >= 4 else [])
     sources = [torch.randn(length, device=device) for length in lengths]
-    if fresh:
+    if len(sources) == 1:
+        return sources[0].clone
 
-        def clone() -> None:
-            for source in sources:
-                source.clone()
+    def clone() -> None:
+        for source in sources:
+            source.clone()
 
-        return clone
-    targets = [torch.empty_like(source) for source in sources]
-
-    def copy() -> None:
-        for target, source in zip(targets, sources, strict=True):
-            target.copy_(source)
-
-    return copy
+    return clone
 
 
 LARGE = {"cuda": 8 << 30, "cpu": 512 << 20}
 """Bytes that a copy moves so that no cache matters."""
 
 
+def large_copy(device: torch.device, share: int = 1) -> tuple[Call, Tensor, Tensor]:
+    """Return a copy that moves `LARGE` / `share` bytes, its source and its target."""
+    source, target = (torch.ones(LARGE[device.type] // share // 8, device=device) for _ in range(2))
+    return (lambda: target.copy_(source)), source, target
+
+
+def settle(device: torch.device) -> Call:
+    """Return what waits until the device has done what it was told."""
+    return torch.cuda.synchronize if device.type == "cuda" else lambda: None
+
+
 def asymptotic_bandwidth(device: torch.device) -> float:
     """Return the bytes a second of a copy much larger than any cache, the best of several."""
-    size = LARGE[device.type]
-    call = copy_call(size, device, size)
-    settle = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
+    call, *_ = large_copy(device)
     call()
-    return size / min(loop_seconds(call, 1, settle) for _ in range(9))
+    return LARGE[device.type] / min(loop_seconds(call, 1, settle(device)) for _ in range(9))
 
 
 def warm_up(device: torch.device) -> None:
     """Copy until the clocks have settled."""
-    call = copy_call(64 << 20, device, 64 << 20)
+    call, wait = copy_call(64 << 20, device, 64 << 20), settle(device)
     end = time.perf_counter() + WARM_UP
     while time.perf_counter() < end:
         call()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        wait()
 
 
 def input_sets(size: int, device: torch.device) -> int:
@@ -190,8 +204,3 @@ def input_sets(size: int, device: torch.device) -> int:
         return 1
     cache = torch.cuda.get_device_properties(device).L2_cache_size
     return max(2, min(200, -(-CACHES * cache // size)))
-
-
-def backward_call(outputs: Sequence[Tensor], leaves: Sequence[Tensor], grads: Any) -> Call:
-    """Return a call that differentiates what has been computed, again and again."""
-    return lambda: torch.autograd.grad(outputs, leaves, grads, retain_graph=True)

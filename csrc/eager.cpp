@@ -6,18 +6,27 @@
 namespace fusednorm {
 namespace {
 
-// What tells a plain tensor in a plain call from others, looked up once.
+// What tells a plain tensor in a plain call from others, looked up once. fusednorm/observers.py
+// says who looks at operators; this is its twin.
 struct Eager {
   Ref c{PyImport_ImportModule("torch._C")};
   Ref forward_ad{PyImport_ImportModule("torch.autograd.forward_ad")};
   Ref tensor = member(names().torch, "Tensor");
   Ref parameter = member(member(names().torch, "nn"), "Parameter");
   Ref strided = member(names().torch, "strided");
-  Ref transforms_active = member(c, "_are_functorch_transforms_active");
-  Ref modes = member(c, "_len_torch_dispatch_stack");
+  Ref included = member(c, "_dispatch_tls_local_include_set");
+  Ref bits = interned("raw_repr");
   Ref is_wrapped = member(member(c, "_functorch"), "is_functorch_wrapped_tensor");
   Ref level = interned("_current_level"), is_cpu = interned("is_cpu"),
       is_nested = interned("is_nested"), layout = interned("layout");
+  uint64_t usual =
+      bits_of(member(Ref(PyImport_ImportModule("fusednorm.observers")), "USUAL").get());
+
+  static uint64_t bits_of(PyObject* integer) {
+    const uint64_t value = PyLong_AsUnsignedLongLong(integer);
+    if (PyErr_Occurred()) throw Raised{};
+    return value;
+  }
 };
 
 const Eager& eager() {
@@ -41,9 +50,10 @@ bool equal(PyObject* a, PyObject* b) {
   return result != 0;
 }
 
-bool has_mode() {
+bool somebody_looks() {
   const Eager& e = eager();
-  return flag(result(e.transforms_active).get()) || integer(result(e.modes).get()) > 0 ||
+  const Ref bits = invoke(result(e.included).get(), e.bits.get());
+  return (Eager::bits_of(bits.get()) & ~e.usual) != 0 ||
          integer(attribute(e.forward_ad.get(), e.level.get()).get()) >= 0;
 }
 
@@ -78,7 +88,7 @@ PyObject* is_plain(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
     PyObject *const shape = arguments[0], *const input = arguments[1],
                     *const residual = arguments[2];
     const auto accepted = [&] {
-      if (has_mode()) return false;
+      if (somebody_looks()) return false;
       for (Py_ssize_t i = 1; i < count; ++i)
         if (arguments[i] != Py_None && (!is_plain_tensor(arguments[i]) || !has_dtype(arguments[i])))
           return false;

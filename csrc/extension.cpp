@@ -1,6 +1,8 @@
 // The module: the functions of what was built.
 #include "cpu_ops.h"
 #include "eager.h"
+#include "operators.h"
+#include "triton_launch.h"
 #ifdef FUSEDNORM_CUDA
 #include "cuda_ops.h"
 #endif
@@ -14,8 +16,13 @@ PyMODINIT_FUNC PyInit__C() {
   if (created == nullptr) return nullptr;
   if (PyModule_AddFunctions(created, fusednorm::eager_methods) < 0) return nullptr;
   if (PyModule_AddFunctions(created, fusednorm::cpu_methods) < 0) return nullptr;
+  if (PyModule_AddFunctions(created, fusednorm::triton_methods) < 0) return nullptr;
+  if (PyModule_AddFunctions(created, fusednorm::operator_methods) < 0) return nullptr;
 #ifdef FUSEDNORM_CUDA
   if (PyModule_AddFunctions(created, fusednorm::cuda_methods) < 0) return nullptr;
 #endif
+  // For `python -m fusednorm`.
+  const char* const built = "built with " FUSEDNORM_BUILT ", compiler " __VERSION__;
+  if (PyModule_AddStringConstant(created, "built", built) < 0) return nullptr;
   return created;
 }

@@ -1,6 +1,6 @@
 """Fused norms for torch: LayerNorm, RMSNorm and the terms around them, on Triton kernels."""
 
-from fusednorm import backends
+from fusednorm import _version, backends  # noqa: F401  (the first refuses an old torch)
 from fusednorm._version import __version__
 from fusednorm.functional import (
     add_layer_norm,
@@ -11,6 +11,7 @@ from fusednorm.functional import (
 )
 from fusednorm.modules import AdaLayerNorm, AddLayerNorm, AddRMSNorm, LayerNorm, RMSNorm
 from fusednorm.replace import replace_norms, restore_norms
+from fusednorm.torch_operators import disable, enable, read_environment
 
 __all__ = [
     "AdaLayerNorm",
@@ -22,9 +23,13 @@ __all__ = [
     "add_layer_norm",
     "add_rms_norm",
     "backends",
+    "disable",
+    "enable",
     "layer_norm",
     "modulated_layer_norm",
     "replace_norms",
     "restore_norms",
     "rms_norm",
 ]
+
+read_environment()

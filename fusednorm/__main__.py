@@ -1,47 +1,58 @@
-"""`python -m fusednorm`: what is installed, what would run where and why, and a self-check."""
+"""`python -m fusednorm`: what is installed, what would run where and why, and a self-check.
+
+`--json` prints the same for machines. This is what belongs into a report of a problem.
+"""
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import importlib.metadata
+import json
+import os
 import platform
 import sys
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import fusednorm
-from fusednorm import backends
+from fusednorm import backends, coverage
 
 _ROWS, _COLS = 37, 1000
+_VARIABLES = ("FUSEDNORM_", "TRITON_", "CUDA_VISIBLE", "OMP_NUM", "TORCH_CUDA_ARCH")
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Print the report; return 1 if the self-check fails on a device."""
-    print(f"fusednorm {fusednorm.__version__}")
-    print(f"python    {platform.python_version()}")
-    print(f"torch     {torch.__version__}")
-    print(f"triton    {_version('triton')}")
-    print(f"extension {_extension()}")
-    print(f"backends  {', '.join(backends.available())}")
-    failed = False
-    for device in _devices():
-        try:
-            choice = backends.explain(torch.empty(0, device=device))
-        except ValueError as error:
-            print(f"{_name(device)}\n  runs      none: {error}")
-            failed = True
-            continue
-        print(f"{_name(device)}\n  runs      {choice}")
-        if (other := backends.explain(torch.empty(0, device=device), plain=False)) != choice:
-            print(f"            all else in {other}")
-        with backends.use(choice.backend):
-            failed |= not _self_check(device)
-    if not torch.cuda.is_available():
-        print("cuda\n  runs      torch: no cuda device is available to torch")
-    return int(failed)
+    parser = argparse.ArgumentParser(prog="python -m fusednorm", description=__doc__)
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    as_json = parser.parse_args(arguments).json
+    report = {**_installed(), "devices": [_device(device) for device in _devices()]}
+    print(json.dumps(report, indent=2) if as_json else _text(report))
+    return int(any("error" in one or _failed(one) for one in report["devices"]))
+
+
+def _installed() -> dict[str, Any]:
+    """Return what is there, whatever the device."""
+    toolkit = f"HIP {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}"
+    return {
+        "fusednorm": fusednorm.__version__,
+        "python": f"{platform.python_version()} on {platform.platform()}",
+        "torch": f"{torch.__version__}, {toolkit}, {torch.get_num_threads()} threads",
+        "triton": _version("triton"),
+        "numpy": _version("numpy"),
+        "driver": _driver(),
+        "extension": _extension(),
+        "backends": list(backends.available()),
+        "variables": {
+            name: value for name, value in sorted(os.environ.items()) if name.startswith(_VARIABLES)
+        },
+    }
 
 
 def _version(package: str) -> str:
@@ -51,13 +62,22 @@ def _version(package: str) -> str:
         return "not installed"
 
 
+def _driver() -> str:
+    """Return what the NVIDIA driver says of itself."""
+    said = Path("/proc/driver/nvidia/version")
+    return said.read_text().splitlines()[0].strip() if said.exists() else "none of NVIDIA's"
+
+
 def _extension() -> str:
     """Return what the compiled extension has, or why there is none."""
     if (missing := backends.extension_missing()) is not None:
         return missing
     has_cuda = backends.cuda_missing() is None
-    level = importlib.import_module("fusednorm._C").level()
-    return f"cpu kernels for {level}, {'cuda kernels' if has_cuda else 'no cuda kernels'}"
+    built = importlib.import_module("fusednorm._C")
+    kernels = (
+        f"cpu kernels for {built.level()}, {'cuda kernels' if has_cuda else 'no cuda kernels'}"
+    )
+    return f"{kernels}; {built.built}"
 
 
 def _devices() -> list[torch.device]:
@@ -68,33 +88,74 @@ def _devices() -> list[torch.device]:
 
 def _name(device: torch.device) -> str:
     if device.type == "cuda":
-        return f"{device} ({torch.cuda.get_device_name(device)})"
-    return str(device)
+        found = torch.cuda.get_device_properties(device)
+        return f"{device} ({found.name}, {found.major}.{found.minor})"
+    return f"{device} ({torch.backends.cpu.get_cpu_capability()})"
 
 
-def _self_check(device: torch.device) -> bool:
-    """Compare y, dx, dweight and dbias with float64 and print the largest error of each dtype."""
+def _device(device: torch.device) -> dict[str, Any]:
+    """Return what would run on a device, and how far it is from float64."""
+    report: dict[str, Any] = {"device": _name(device)}
+    tensor = torch.empty(0, device=device)
+    try:
+        choice = backends.explain(tensor)
+        report["runs"] = {"a plain layer norm": str(choice)}
+        report["runs"]["all else"] = str(backends.explain(tensor, plain=False))
+        with backends.use(choice.backend):
+            report["self-check"] = _self_check(device)
+    except (ValueError, RuntimeError) as error:
+        report["error"] = f"{type(error).__name__}: {error}"
+    return report
+
+
+def _failed(device: dict[str, Any]) -> bool:
+    return any(check["error"] > check["allowed"] for check in device.get("self-check", ()))
+
+
+def _text(report: dict[str, Any]) -> str:
+    lines = [f"{name:9} {_one_line(value)}" for name, value in report.items() if name != "devices"]
+    for device in report["devices"]:
+        lines.append(device["device"])
+        lines += [f"  {call:18} {why}" for call, why in device.get("runs", {}).items()]
+        for check in device.get("self-check", ()):
+            verdict = "ok" if check["error"] <= check["allowed"] else "FAILED"
+            off = f"off by {check['error']:.1e} of {check['allowed']:.1e}: {verdict}"
+            lines.append(f"  {check['dtype']:18} forward and backward {off}")
+        if "error" in device:
+            lines.append(f"  none: {device['error']}")
+    if not torch.cuda.is_available():
+        lines.append("cuda\n  no cuda device is available to torch")
+    return "\n".join(lines)
+
+
+def _one_line(value: object) -> str:
+    if isinstance(value, dict):
+        return " ".join(f"{name}={text}" for name, text in value.items()) or "none set"
+    return ", ".join(value) if isinstance(value, list) else str(value)
+
+
+def _self_check(device: torch.device) -> list[dict[str, Any]]:
+    """Return how far y, dx, dweight and dbias are from float64, for each dtype."""
     generator = torch.Generator().manual_seed(0)
     exact = [
         torch.randn(*size, generator=generator, dtype=torch.float64)
         for size in ((_ROWS, _COLS), (_COLS,), (_COLS,), (_ROWS, _COLS))
     ]
-    passed = True
+    checks = []
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         given = [value.to(device, dtype) for value in exact]
         ours = _results(fusednorm.layer_norm, given)
         truth = _results(F.layer_norm, [value.cpu().double() for value in given])
-        # A few roundings of the dtype, relative to the largest value of each result.
         error = max(
             float((our.cpu().double() - true).abs().max() / true.abs().max())
             for our, true in zip(ours, truth, strict=True)
         )
+        # A few roundings of the dtype, relative to the largest value of each result.
         allowed = 4 * torch.finfo(dtype).eps
-        passed &= error <= allowed
-        verdict = "ok" if error <= allowed else "FAILED"
-        name = str(dtype).removeprefix("torch.")
-        print(f"  {name:9} forward and backward off by {error:.1e} of {allowed:.1e}: {verdict}")
-    return passed
+        checks.append(
+            {"dtype": str(dtype).removeprefix("torch."), "error": error, "allowed": allowed}
+        )
+    return checks
 
 
 def _results(function: Callable[..., Tensor], given: list[Tensor]) -> list[Tensor]:
@@ -104,4 +165,6 @@ def _results(function: Callable[..., Tensor], given: list[Tensor]) -> list[Tenso
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["coverage"]:
+        sys.exit(coverage.main(sys.argv[2:]))
     sys.exit(main())

@@ -14,7 +14,7 @@ import contextlib
 import importlib
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import NamedTuple
 
@@ -22,9 +22,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from fusednorm import reference
+from fusednorm.spec import Gradients, Outputs
 from fusednorm.validation import fail
 
-NAMES = ("triton", "cuda", "cpu", "torch")
 _VARIABLE = "FUSEDNORM_BACKEND"
 _MIN_CAPABILITY = (8, 0)
 
@@ -43,6 +44,27 @@ class Choice(NamedTuple):
 # The request in force: set by `use`, else by the environment, else None for the automatic choice.
 _requested: str | None = None
 _requested_by = ""
+
+
+class Launchers(NamedTuple):
+    """What runs one backend; the signatures are those of Triton's forward and backward."""
+
+    forward: Callable[..., Outputs]
+    backward: Callable[..., Gradients]
+
+
+class Backend(NamedTuple):
+    """One implementation of the equation.
+
+    Attributes:
+        missing: Returns why it is not installed, or None where it is.
+        unfit: Returns why it cannot run on a device, or None where it can.
+        launchers: Returns its launchers, once it is installed.
+    """
+
+    missing: Callable[[], str | None]
+    unfit: Callable[[torch.device], str | None]
+    launchers: Callable[[], Launchers]
 
 
 def _check_name(source: str, name: object) -> None:
@@ -92,15 +114,6 @@ def cuda_missing() -> str | None:
     return "the compiled extension has no CUDA kernels (FUSEDNORM_BUILD=cuda)"
 
 
-def _missing(backend: str) -> str | None:
-    """Return why `backend` is not installed, or None where it is."""
-    if backend == "triton":
-        return _triton_missing()
-    if backend == "cuda":
-        return cuda_missing()
-    return extension_missing() if backend == "cpu" else None
-
-
 @cache
 def _interpreted() -> bool:
     """Return whether Triton runs its kernels in the interpreter, on CPU tensors."""
@@ -125,6 +138,8 @@ def _triton_unfit(device: torch.device) -> str | None:
 
 def _too_old(device: torch.device) -> str | None:
     """Return why the kernels do not run on an NVIDIA GPU, or None where they do."""
+    if not torch.cuda.is_available():
+        return None  # a fake tensor, for a device that is somewhere else
     capability = torch.cuda.get_device_capability(device)
     if capability < _MIN_CAPABILITY:
         return f"compute capability {capability[0]}.{capability[1]} is below 8.0"
@@ -145,15 +160,48 @@ def _cpu_unfit(device: torch.device) -> str | None:
     return extension_missing()
 
 
+@cache
+def _triton_launchers() -> Launchers:
+    from fusednorm.triton_kernels import backward, forward
+
+    return Launchers(forward.layer_norm_fwd, backward.layer_norm_bwd)
+
+
+@cache
+def _cuda_launchers() -> Launchers:
+    from fusednorm import cuda
+
+    return Launchers(cuda.layer_norm_fwd, cuda.layer_norm_bwd)
+
+
+@cache
+def _cpu_launchers() -> Launchers:
+    from fusednorm import _C  # type: ignore[attr-defined]
+
+    return Launchers(_C.forward, _C.backward)
+
+
+_TORCH_LAUNCHERS = Launchers(reference.launch_fwd, reference.launch_bwd)
+
+_TABLE = {
+    "triton": Backend(_triton_missing, _triton_unfit, _triton_launchers),
+    "cuda": Backend(cuda_missing, _cuda_unfit, _cuda_launchers),
+    "cpu": Backend(extension_missing, _cpu_unfit, _cpu_launchers),
+    "torch": Backend(lambda: None, lambda device: None, lambda: _TORCH_LAUNCHERS),
+}
+"""Every backend by name, the preferred one first; nothing else knows what there is."""
+
+NAMES = tuple(_TABLE)
+
+
+def launchers(backend: str) -> Launchers:
+    """Return the launchers of an installed backend."""
+    return _TABLE[backend].launchers()
+
+
 def _unfit(backend: str, device: torch.device) -> str | None:
     """Return why `backend` cannot run on `device`, or None where it can."""
-    if backend == "torch":
-        return None
-    if backend == "triton":
-        return _triton_unfit(device)
-    if backend == "cuda":
-        return _cuda_unfit(device)
-    return _cpu_unfit(device)
+    return _TABLE[backend].unfit(device)
 
 
 # torch.compile calls this while it traces and keeps the answer. The decorator that says so,
@@ -172,8 +220,16 @@ def compiled_on_cpu(plain: bool) -> bool:
     return wanted and extension_missing() is None
 
 
+@cache
+def is_plain() -> Callable[..., bool]:
+    """Return the extension's check of a call, which `observers` and `validation` define."""
+    from fusednorm import _C  # type: ignore[attr-defined]
+
+    return _C.is_plain  # type: ignore[no-any-return]
+
+
 def kernels(device: torch.device) -> str | None:
-    """Return the name of the kernels that run on `device`: those requested, if they serve it."""
+    """Return the kernels behind our operators on `device`: those requested, if they serve it."""
     if _requested in ("triton", "cuda") and serves(_requested, device):
         return _requested
     if device.type == "cpu" and extension_missing() is None:
@@ -186,36 +242,37 @@ def _is_wrapper(tensor: Tensor) -> bool:
     return type(tensor) is not Tensor and is_traceable_wrapper_subclass(tensor)
 
 
+_PLAIN_ON_CPU = Choice("torch", "a plain layer norm of cpu tensors is one operator of torch")
+_COMPILED_ON_CPU = Choice("torch", "the compiler fuses torch's operators")
+_NESTED = Choice("torch", "nested tensors have torch's operators only")
+_FUSED_ON_CPU = Choice("cpu", "this would be several operators of torch")
+
+
 def _automatic(tensor: Tensor, plain: bool) -> Choice:
-    device = tensor.device
-    if device.type == "cpu":
-        return _automatic_on_cpu(tensor, plain)
-    if (unfit := _unfit("triton", device)) is not None:
+    """Choose by the device and the class of the tensor, never by its number of rows.
+
+    A row has the same bits in every batch. On the CPU it goes by bench/results/cpu_uses.txt: one
+    operator of torch is the least that a call can cost.
+    """
+    on_cpu, device = tensor.is_cpu, tensor.device
+    if on_cpu and plain:
+        return _PLAIN_ON_CPU
+    if on_cpu and torch.compiler.is_compiling():
+        return _COMPILED_ON_CPU
+    if (unfit := _unfit("cpu" if on_cpu else "triton", device)) is not None:
         return Choice("torch", unfit)
     if _is_wrapper(tensor):
         return Choice("torch", f"{type(tensor).__name__} has its own rules for torch's operators")
+    if tensor.is_nested:
+        return _NESTED
+    if on_cpu:
+        return _FUSED_ON_CPU
     return Choice("triton", f"{device.type} tensors run in the fused kernels")
-
-
-def _automatic_on_cpu(tensor: Tensor, plain: bool) -> Choice:
-    """Go by bench/results/cpu_uses.txt: one operator of torch is the least that a call can cost.
-
-    The number of rows must not matter: a row has the same bits in every batch.
-    """
-    if plain:
-        return Choice("torch", "a plain layer norm of cpu tensors is one operator of torch")
-    if torch.compiler.is_compiling():
-        return Choice("torch", "the compiler fuses torch's operators")
-    if type(tensor) not in (Tensor, torch.nn.Parameter) or torch._C._len_torch_dispatch_stack():
-        return Choice("torch", "tensor subclasses and dispatch modes see torch's operators")
-    if (missing := extension_missing()) is not None:
-        return Choice("torch", missing)
-    return Choice("cpu", "this would be several operators of torch")
 
 
 def available() -> tuple[str, ...]:
     """Return the names of the implementations that are installed, the preferred one first."""
-    return tuple(name for name in NAMES if _missing(name) is None)
+    return tuple(name for name in NAMES if _TABLE[name].missing() is None)
 
 
 def explain(tensor: Tensor, *, plain: bool = True) -> Choice:
@@ -235,27 +292,22 @@ def explain(tensor: Tensor, *, plain: bool = True) -> Choice:
     """
     if not isinstance(tensor, Tensor):
         fail("explain", "a Tensor", type(tensor).__name__, TypeError)
-    if _requested is None:
-        return _automatic(tensor, plain)
-    return Choice(_serving(_requested, tensor.device), f"requested by {_requested_by}")
+    return _automatic(tensor, plain) if _requested is None else _request(_requested, tensor)
 
 
-def _serving(requested: str, device: torch.device) -> str:
-    """Return the name of the requested backend, which has to serve `device`."""
-    if (unfit := _unfit(requested, device)) is not None:
-        fail(_requested_by, f"tensors that the {requested} backend can serve", f"{device}: {unfit}")
-    return requested
+def _request(requested: str, tensor: Tensor) -> Choice:
+    """Return the requested backend, which has to serve the tensor."""
+    if (unfit := _unfit(requested, tensor.device)) is not None:
+        expected = f"tensors that the {requested} backend can serve"
+        fail(_requested_by, expected, f"{tensor.device}: {unfit}")
+    return Choice(requested, f"requested by {_requested_by}")
 
 
 def select(tensor: Tensor, *, plain: bool = True) -> str:
     """Return the name of the implementation for `tensor`, with `explain`'s errors."""
-    if _requested is not None:
-        return _serving(_requested, tensor.device)
-    if tensor.is_cpu:
-        return "torch" if plain else _automatic_on_cpu(tensor, plain).backend
-    if not serves("triton", tensor.device) or _is_wrapper(tensor):
-        return "torch"
-    return "triton"
+    return (
+        _automatic(tensor, plain) if _requested is None else _request(_requested, tensor)
+    ).backend
 
 
 @contextlib.contextmanager
@@ -277,7 +329,7 @@ def use(backend: str) -> Iterator[None]:
     """
     global _requested, _requested_by
     _check_name("backends.use", backend)
-    if (missing := _missing(backend)) is not None:
+    if (missing := _TABLE[backend].missing()) is not None:
         fail("backends.use", "an installed backend", f"{backend!r}: {missing}")
     previous = _requested, _requested_by
     _requested, _requested_by = backend, "backends.use"

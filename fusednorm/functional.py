@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import has_torch_function_variadic
+from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from fusednorm import autograd, backends, ops, reference
-from fusednorm.spec import Spec, compute_dtype
+from fusednorm import autograd, backends, observers, route
+from fusednorm.spec import Call, Operands, Spec, compute_dtype
 from fusednorm.validation import (
     DTYPES,
     check_dropout,
@@ -19,7 +18,6 @@ from fusednorm.validation import (
     check_residual,
     check_residual_dtype,
     check_terms,
-    fail,
     is_shape,
 )
 
@@ -69,32 +67,38 @@ def layer_norm(
         >>> fusednorm.layer_norm(x, 4)
         tensor([[-1.3416, -0.4472,  0.4472,  1.3416]])
     """
+    shape: Any = (normalized_shape,) if type(normalized_shape) is int else normalized_shape
+    given = (input, weight, bias)
+    if has_torch_function_variadic(*given):
+        return handle_torch_function(layer_norm, given, input, shape, weight, bias, eps)
     # What a small tensor costs on a CPU is the Python before torch's operator. These are the rules
     # that torch has not or learns of too late; by the others it refuses before it allocates.
     if (
         type(input) is Tensor
         and input.is_cpu
-        and backends.select(input) == "torch"
         and (dtype := input.dtype) in DTYPES
+        and backends.select(input) == "torch"
         and input.layout is torch.strided
         and (
             weight is None
-            or (type(weight) in autograd.PLAIN and weight.dtype is dtype and weight.is_cpu)
+            or (type(weight) in observers.PLAIN and weight.dtype is dtype and weight.is_cpu)
         )
-        and (bias is None or (type(bias) in autograd.PLAIN and bias.dtype is dtype and bias.is_cpu))
+        and (
+            bias is None or (type(bias) in observers.PLAIN and bias.dtype is dtype and bias.is_cpu)
+        )
         and type(eps) is float
-        and is_shape(normalized_shape)
-        and not has_torch_function_variadic(input, weight, bias)
-        and not autograd.transforms_active()
+        and is_shape(shape)
+        and not observers.transforms_active()
+        and not observers.saving_watched()
     ):
         try:
-            return torch.layer_norm(input, normalized_shape, weight, bias, eps)
-        except RuntimeError:
+            return torch.layer_norm(input, shape, weight, bias, eps)
+        except (RuntimeError, TypeError):
             pass  # the checks below say why
-    if done := _eagerly(input, None, normalized_shape, weight, bias, eps, False, rms=False):
+    if done := _unchecked(input, None, shape, weight, bias, eps, rms=False):
         return done[0]
     shape, eps = check_norm("layer_norm", input, normalized_shape, weight, bias, eps)
-    return _norm("layer_norm", input, weight, bias, shape, eps, rms=False)
+    return norm("layer_norm", Operands(input, weight=weight, bias=bias), shape, eps)
 
 
 def rms_norm(
@@ -133,11 +137,14 @@ def rms_norm(
         >>> fusednorm.rms_norm(torch.tensor([[1.0, 2.0, 2.0, 4.0]]), 4)
         tensor([[0.4000, 0.8000, 0.8000, 1.6000]])
     """
+    shape: Any = (normalized_shape,) if type(normalized_shape) is int else normalized_shape
+    if has_torch_function_variadic(input, weight):
+        return handle_torch_function(rms_norm, (input, weight), input, shape, weight, eps)
     eps = _default_eps(input) if eps is None else eps
-    if done := _eagerly(input, None, normalized_shape, weight, None, eps, False, rms=True):
+    if done := _unchecked(input, None, shape, weight, None, eps, rms=True):
         return done[0]
     shape, eps = check_norm("rms_norm", input, normalized_shape, weight, None, eps)
-    return _norm("rms_norm", input, weight, None, shape, eps, rms=True)
+    return norm("rms_norm", Operands(input, weight=weight), shape, eps, rms=True)
 
 
 def add_layer_norm(
@@ -204,10 +211,9 @@ def add_layer_norm(
         >>> z[0]
         tensor([-1.3416, -0.4472,  0.4472,  1.3416])
     """
-    options = (gate, scale, shift, dropout_p, training, residual_dtype)
-    return _add_norm(
-        "add_layer_norm", input, residual, normalized_shape, weight, bias, eps, *options, rms=False
-    )
+    given = Operands(input, residual, gate, weight, bias, scale, shift)
+    options = Options(dropout_p, training, residual_dtype)
+    return add_norm("add_layer_norm", given, normalized_shape, eps, options)
 
 
 def add_rms_norm(
@@ -262,11 +268,9 @@ def add_rms_norm(
         >>> z[0]
         tensor([0.4000, 0.8000, 0.8000, 1.6000])
     """
-    eps = _default_eps(input, residual) if eps is None else eps
-    options = (gate, scale, shift, dropout_p, training, residual_dtype)
-    return _add_norm(
-        "add_rms_norm", input, residual, normalized_shape, weight, None, eps, *options, rms=True
-    )
+    given = Operands(input, residual, gate, weight, None, scale, shift)
+    options = Options(dropout_p, training, residual_dtype)
+    return add_norm("add_rms_norm", given, normalized_shape, eps, options, rms=True)
 
 
 def modulated_layer_norm(
@@ -317,156 +321,127 @@ def modulated_layer_norm(
                 [[-2.6833, -0.8944,  0.8944,  2.6833]]])
     """
     op = "modulated_layer_norm"
+    given = Operands(input, None, None, weight, bias, scale, shift)
+    if has_torch_function_variadic(*given):
+        return handle_torch_function(
+            modulated_layer_norm,
+            given,
+            *(input, normalized_shape, shift, scale, weight, bias, eps),
+        )
     shape, eps = check_norm(op, input, normalized_shape, weight, bias, eps)
     scale, shift = check_terms(op, input, shape, scale=scale, shift=shift)
-    return _norm(op, input, weight, bias, shape, eps, scale, shift, rms=False)
+    return norm(op, given._replace(scale=scale, shift=shift), shape, eps)
 
 
-def _norm(
+class Options(NamedTuple):
+    """What an Add & Norm takes beside its tensors and its norm."""
+
+    dropout_p: float = 0.0
+    training: bool = True
+    residual_dtype: torch.dtype | None = None
+
+    def are_default(self) -> bool:
+        """Return whether there is nothing to check or to do."""
+        return self.residual_dtype is None and (
+            not self.training or (type(self.dropout_p) is float and self.dropout_p == 0.0)
+        )
+
+
+def norm(
     op: str,
-    input: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
+    operands: Operands,
     shape: tuple[int, ...],
     eps: float,
-    scale: Tensor | None = None,
-    shift: Tensor | None = None,
     x_hat_dtype: torch.dtype | None = None,
     *,
-    rms: bool,
+    rms: bool = False,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Run a norm of `input` itself, whose arguments have been checked."""
-    spec = Spec(shape, eps, rms, 0.0, _output_dtype(input, rms), None, x_hat_dtype)
-    return _run(op, input, None, None, weight, bias, scale, shift, spec, want_h=False)[0]
+    """Run a norm of x itself, whose arguments have been checked; return z."""
+    out_dtype = _output_dtype(operands.x, rms) if out_dtype is None else out_dtype
+    spec = Spec(shape, eps, rms, 0.0, out_dtype, None, x_hat_dtype)
+    return route.run(Call(op, operands, spec, want_h=False))[0]
 
 
-def _add_norm(
+def add_norm(
     op: str,
-    input: Tensor,
-    residual: Tensor | None,
+    given: Operands,
     normalized_shape: int | Sequence[int],
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    gate: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    dropout_p: float,
-    training: bool,
-    residual_dtype: torch.dtype | None,
+    eps: float | None,
+    options: Options,
     *,
-    rms: bool,
+    rms: bool = False,
     want_h: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Check the arguments of an Add & Norm and run it; h is arbitrary where it is not wanted."""
-    if (
-        gate is None
-        and scale is None
-        and shift is None
-        and residual_dtype is None
-        and (not training or (type(dropout_p) is float and dropout_p == 0.0))
-    ):
-        arguments = (input, residual, normalized_shape, weight, bias, eps, want_h)
-        if done := _eagerly(*arguments, rms=rms):
+    if has_torch_function_variadic(*given):
+        return _overridden(given, normalized_shape, eps, options, rms)
+    x, residual, gate, weight, bias, scale, shift, _ = given
+    eps = _default_eps(x, residual) if eps is None else eps
+    if gate is None and scale is None and shift is None and options.are_default():
+        sizes = (normalized_shape,) if type(normalized_shape) is int else normalized_shape
+        if done := _unchecked(x, residual, sizes, weight, bias, eps, rms=rms, want_h=want_h):
             return done
-    shape, eps = check_norm(op, input, normalized_shape, weight, bias, eps)
-    check_residual(op, residual, input)
-    check_residual_dtype(op, residual_dtype)
-    dropout_p = check_dropout(op, dropout_p) if training else 0.0
-    gate, scale, shift = check_terms(op, input, shape, gate=gate, scale=scale, shift=shift)
-    h_dtype = residual_dtype
+    shape, eps = check_norm(op, x, normalized_shape, weight, bias, eps)
+    check_residual(op, residual, x)
+    check_residual_dtype(op, options.residual_dtype)
+    dropout_p = check_dropout(op, options.dropout_p) if options.training else 0.0
+    gate, scale, shift = check_terms(op, x, shape, gate=gate, scale=scale, shift=shift)
+    h_dtype = options.residual_dtype
     if h_dtype is None:
-        h_dtype = (
-            input.dtype if residual is None else torch.promote_types(input.dtype, residual.dtype)
-        )
-    if residual is None and gate is None and dropout_p == 0.0 and h_dtype == input.dtype:
+        h_dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    if residual is None and gate is None and dropout_p == 0.0 and h_dtype == x.dtype:
         h_dtype = None
-    spec = Spec(shape, eps, rms, dropout_p, _output_dtype(input, rms), h_dtype, None)
-    return _run(op, input, residual, gate, weight, bias, scale, shift, spec, want_h)
+    spec = Spec(shape, eps, rms, dropout_p, _output_dtype(x, rms), h_dtype, None)
+    operands = given._replace(gate=gate, scale=scale, shift=shift)
+    return route.run(Call(op, operands, spec, want_h))
 
 
-def _eagerly(
-    input: Tensor,
-    residual: Tensor | None,
+def _overridden(
+    given: Operands,
     normalized_shape: int | Sequence[int],
+    eps: float | None,
+    options: Options,
+    rms: bool,
+) -> tuple[Tensor, Tensor]:
+    """Let a mode or a class of tensors have the call, by its public name."""
+    x, residual, gate, weight, bias, scale, shift, _ = given
+    function: Any = add_rms_norm if rms else add_layer_norm
+    positional = (x, residual, normalized_shape, weight, *(() if rms else (bias,)), eps)
+    terms = {"gate": gate, "scale": scale, "shift": shift}
+    done: tuple[Tensor, Tensor] = handle_torch_function(
+        function, given, *positional, **terms, **options._asdict()
+    )
+    return done
+
+
+def _unchecked(
+    x: Tensor,
+    residual: Tensor | None,
+    shape: Any,
     weight: Tensor | None,
     bias: Tensor | None,
-    eps: float,
-    want_h: bool,
+    eps: Any,
     *,
     rms: bool,
+    want_h: bool = False,
 ) -> tuple[Tensor, Tensor] | None:
     """Run a norm that needs no further check in the compiled kernels; return None for any other.
 
     On a small tensor the checks in Python would take longer than all else.
     """
-    if type(eps) is not float:
+    if type(eps) is not float or torch.compiler.is_compiling():
         return None
-    shape: Any = (normalized_shape,) if type(normalized_shape) is int else normalized_shape
     plain = not rms and residual is None
-    kernels = ops.eager_kernels(shape, input, residual, weight, bias, plain=plain)
-    if kernels is None:
+    if not backends.compiled_on_cpu(plain) or not backends.is_plain()(
+        shape, x, residual, weight, bias
+    ):
         return None
-    dtype = input.dtype
+    dtype = x.dtype
     spec = Spec(shape, eps, rms, 0.0, dtype, None if residual is None else dtype, None)
-    tensors = (input, residual, None, weight, bias, None, None, None)
-    z, h = autograd.run_eagerly(kernels, *tensors, spec=spec, want_h=want_h)
-    return z, input if h is None else h
-
-
-def _run(
-    op: str,
-    input: Tensor,
-    residual: Tensor | None,
-    gate: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    spec: Spec,
-    want_h: bool,
-) -> tuple[Tensor, Tensor]:
-    """Run checked arguments where they are to run; return z and h."""
-    plain = not spec.rms and spec.h_dtype is None and scale is None and shift is None
-    backend = backends.select(input, plain=plain)
-    parameters = (weight, bias, scale, shift)
-    if backend == "torch" or autograd.transforms_active():
-        # The masks of the kernels would take plain torch dozens of operators.
-        x = F.dropout(input, spec.dropout_p) if spec.dropout_p > 0.0 else input
-        if backend == "torch" and not autograd.transforms_active():
-            return _torch_norm(x, residual, gate, *parameters, spec)
-        return reference.layer_norm(x, residual, gate, *parameters, None, spec)[:2]
-    if input.is_nested:
-        fail(op, f"a tensor of one shape for the {backend} backend", "a nested tensor")
-    seed = None
-    if spec.dropout_p > 0.0:
-        # On the device and from its generator: no synchronisation, and a graph draws anew.
-        seed = torch.randint(2**62, (1,), device=input.device)
-    z, h = autograd.layer_norm(input, residual, gate, *parameters, seed, spec=spec, want_h=want_h)
-    return z, input if h is None else h
-
-
-def _torch_norm(
-    x: Tensor,
-    residual: Tensor | None,
-    gate: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    spec: Spec,
-) -> tuple[Tensor, Tensor]:
-    """Run torch's own norm, and the terms around it in plain torch."""
-    if spec.x_hat_dtype is not None or not _torch_accepts(x, weight, bias, spec):
-        return reference.layer_norm(x, residual, gate, weight, bias, scale, shift, None, spec)[:2]
-    h = reference.stream(x, residual, gate, None, spec)
-    if spec.rms:
-        y = F.rms_norm(h, spec.normalized_shape, weight, spec.eps)
-    else:
-        y = F.layer_norm(h, spec.normalized_shape, weight, bias, spec.eps)
-    if scale is None and shift is None and y.dtype == spec.out_dtype:
-        return y, h
-    return reference.modulate(y, scale, shift, spec), h
+    call = Call("", Operands(x, residual, None, weight, bias), spec, want_h)
+    z, h = autograd.run(call, backends.launchers("cpu"))
+    return z, x if h is None else h
 
 
 def _default_eps(*tensors: Tensor | None) -> float:
@@ -482,15 +457,3 @@ def _output_dtype(input: Tensor, rms: bool) -> torch.dtype:
     ):
         return torch.float32
     return input.dtype
-
-
-def _torch_accepts(x: Tensor, weight: Tensor | None, bias: Tensor | None, spec: Spec) -> bool:
-    """Return whether torch's operator takes this mix of dtypes without complaint."""
-    dtype = x.dtype if spec.h_dtype is None else spec.h_dtype
-    if (weight is None or weight.dtype == dtype) and (bias is None or bias.dtype == dtype):
-        return True
-    if spec.out_dtype != x.dtype:  # autocast
-        return True
-    parameters = {parameter.dtype for parameter in (weight, bias) if parameter is not None}
-    half_on_cpu = x.is_cpu and dtype in (torch.float16, torch.bfloat16)
-    return not spec.rms and half_on_cpu and parameters == {torch.float32}

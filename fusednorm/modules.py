@@ -9,14 +9,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.jit import is_scripting  # type: ignore[attr-defined]
 
-from fusednorm.functional import (
-    _add_norm,
-    _default_eps,
-    layer_norm,
-    modulated_layer_norm,
-    rms_norm,
-)
+from fusednorm.functional import Options, add_norm, layer_norm, modulated_layer_norm, rms_norm
+from fusednorm.observers import shape_of
+from fusednorm.spec import Operands
 from fusednorm.validation import fail
 
 
@@ -66,13 +63,20 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalise `input`, of shape `(*, *normalized_shape)`; the result has its shape."""
-        # As attributes they would be searched for everywhere else first, for a microsecond.
-        parameters = self._parameters
-        try:
-            weight, bias = parameters["weight"], parameters["bias"]
-        except KeyError:  # pruned, or computed from other parameters
-            weight, bias = self.weight, self.bias
-        return layer_norm(input, self.normalized_shape, weight, bias, self.eps)
+        if is_scripting():  # the language of scripts has torch's functions only
+            return F.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
+        else:  # which a script does not compile
+            return _layer_norm(self, input)
+
+
+def _layer_norm(norm: nn.LayerNorm, input: Tensor) -> Tensor:
+    # As attributes they would be searched for everywhere else first, for a microsecond.
+    parameters = norm._parameters
+    try:
+        weight, bias = parameters["weight"], parameters["bias"]
+    except KeyError:  # pruned, or computed from other parameters
+        weight, bias = norm.weight, norm.bias
+    return layer_norm(input, norm.normalized_shape, weight, bias, norm.eps)
 
 
 class RMSNorm(nn.RMSNorm):
@@ -121,13 +125,17 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise `x`, of shape `(*, *normalized_shape)`; the result has its shape."""
-        return rms_norm(x, self.normalized_shape, self.weight, self.eps)
+        if is_scripting():
+            return F.rms_norm(x, self.normalized_shape, self.weight, self.eps)
+        else:
+            return rms_norm(x, self.normalized_shape, self.weight, self.eps)
 
 
 class _AddNorm(nn.Module):
     """What `AddLayerNorm` and `AddRMSNorm` have beside their norm."""
 
     normalized_shape: tuple[int, ...]
+    eps: Any
     layer_scale: nn.Parameter | None
 
     def _set_options(
@@ -174,8 +182,11 @@ class _AddNorm(nn.Module):
         options = [f"{name}={value}" for name, value in shown.items() if value is not None]
         return ", ".join([super().extra_repr(), *options])
 
-    def _residual_dtype(self) -> torch.dtype | None:
-        return torch.float32 if self.residual_in_fp32 else None
+    def _add(self, op: str, given: Operands, *, rms: bool) -> tuple[Tensor, Tensor]:
+        residual_dtype = torch.float32 if self.residual_in_fp32 else None
+        options = Options(self.dropout, self.training, residual_dtype)
+        shape, eps = self.normalized_shape, self.eps
+        return add_norm(op, given, shape, eps, options, rms=rms, want_h=self.prenorm)
 
 
 class AddLayerNorm(_AddNorm, LayerNorm):
@@ -252,23 +263,8 @@ class AddLayerNorm(_AddNorm, LayerNorm):
         self, x: Tensor, residual: Tensor | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Return y, or (y, h) with `prenorm`, of `x` and `residual`."""
-        y, h = _add_norm(
-            "add_layer_norm",
-            x,
-            residual,
-            self.normalized_shape,
-            self.weight,
-            self.bias,
-            self.eps,
-            gate=self.layer_scale,
-            scale=None,
-            shift=None,
-            dropout_p=self.dropout,
-            training=self.training,
-            residual_dtype=self._residual_dtype(),
-            rms=False,
-            want_h=self.prenorm,
-        )
+        given = Operands(x, residual, self.layer_scale, self.weight, self.bias)
+        y, h = self._add("add_layer_norm", given, rms=False)
         return (y, h) if self.prenorm else y
 
 
@@ -336,23 +332,8 @@ class AddRMSNorm(_AddNorm, RMSNorm):
         self, x: Tensor, residual: Tensor | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Return y, or (y, h) with `prenorm`, of `x` and `residual`."""
-        y, h = _add_norm(
-            "add_rms_norm",
-            x,
-            residual,
-            self.normalized_shape,
-            self.weight,
-            None,
-            _default_eps(x, residual) if self.eps is None else self.eps,
-            gate=self.layer_scale,
-            scale=None,
-            shift=None,
-            dropout_p=self.dropout,
-            training=self.training,
-            residual_dtype=self._residual_dtype(),
-            rms=True,
-            want_h=self.prenorm,
-        )
+        given = Operands(x, residual, self.layer_scale, self.weight)
+        y, h = self._add("add_rms_norm", given, rms=True)
         return (y, h) if self.prenorm else y
 
 
@@ -433,15 +414,15 @@ class AdaLayerNorm(nn.Module):
                 parameter = nn.Parameter(torch.empty(size, device=device, dtype=dtype))
             self.register_parameter(name, parameter)
         terms = 3 if gate else 2
-        self.linear = nn.Linear(self.cond_features, terms * size, device=device, dtype=dtype)
+        self.linear = _ZeroLinear(self.cond_features, terms * size, device=device, dtype=dtype)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Give all parameters their initial values: zero, and one for the weight."""
-        for parameter in self.parameters():
-            nn.init.zeros_(parameter)
+        """Give weight and bias their initial values, as the linear layer does with its own."""
         if self.weight is not None:
             nn.init.ones_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """Return (z, gate), or z without `gate`, of `x` and its `condition`."""
@@ -461,10 +442,11 @@ class AdaLayerNorm(nn.Module):
         for name, value in (("x", x), ("condition", condition)):
             if not isinstance(value, Tensor):
                 fail(op, f"{name} to be a Tensor", type(value).__name__, TypeError)
-        if x.dim() < 2 or x.shape[-1:] != self.normalized_shape:
-            fail(op, f"x of shape (B, *, {self.normalized_shape[0]})", tuple(x.shape))
-        samples, features = x.shape[0], self.cond_features
-        if condition.shape not in ((samples, features), (1, features)):
+        sizes = shape_of(x)
+        if x.dim() < 2 or sizes[-1:] != self.normalized_shape:
+            fail(op, f"x of shape (B, *, {self.normalized_shape[0]})", tuple(sizes))
+        samples, features = sizes[0], self.cond_features
+        if shape_of(condition) not in ((samples, features), (1, features)):
             fail(op, f"condition of shape ({samples}, {features})", tuple(condition.shape))
 
     def extra_repr(self) -> str:
@@ -474,6 +456,18 @@ class AdaLayerNorm(nn.Module):
             f"elementwise_affine={self.elementwise_affine}, bias={self.bias is not None}, "
             f"gate={self.gate}"
         )
+
+
+class _ZeroLinear(nn.Linear):
+    """A linear layer that starts at zero, whoever initialises it: each module resets its own."""
+
+    def reset_parameters(self) -> None:
+        """Set the weight and the bias to zero."""
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def _get_name(self) -> str:
+        return "Linear"
 
 
 def _check_bool(op: str, name: str, value: object) -> bool:

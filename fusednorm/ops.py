@@ -1,21 +1,19 @@
 """What the dispatcher sees: the operator schemas, their fakes and their implementations.
 
-An operator runs the kernels on every device that they serve and the reference on the others; a
-request for torch never gets as far as an operator. `kernels` is the one place that knows which
-kernels those are.
+An operator runs the kernels on every device that they serve and the reference on the others. Its
+arguments are those of the launchers: the tensors by `Operands`, or dz, dh and `Saved`, then the
+numbers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fusednorm import backends, reference
-from fusednorm.spec import Gradients, Mask, Outputs, Spec, compute_dtype, rows_and_columns
+from fusednorm import backends
+from fusednorm.spec import ByInput, Operands, Saved, Spec, compute_dtype, rows_and_columns
 
 _SPEC = "SymInt[] normalized_shape, float eps, bool rms, float dropout_p"
 _library = torch.library.Library("fusednorm", "DEF")
@@ -34,204 +32,57 @@ _library.define(
 )
 
 
-class Kernels(NamedTuple):
-    """The launchers of one implementation; those of Triton's forward and backward define them."""
-
-    forward: Callable[..., Outputs]
-    backward: Callable[..., Gradients]
-
-
-def _triton_fwd(*args: Any) -> Outputs:
-    from fusednorm.triton_kernels.forward import layer_norm_fwd
-
-    return layer_norm_fwd(*args)  # type: ignore[no-any-return]
+def _forward_arguments(arguments: tuple[Any, ...]) -> tuple[Operands, Spec]:
+    count = len(Operands._fields)
+    shape, *options = arguments[count:]
+    return Operands(*arguments[:count]), Spec(tuple(shape), *options)
 
 
-def _triton_bwd(*args: Any) -> Gradients:
-    from fusednorm.triton_kernels.backward import layer_norm_bwd
-
-    return layer_norm_bwd(*args)  # type: ignore[no-any-return]
-
-
-_TRITON_KERNELS = Kernels(_triton_fwd, _triton_bwd)
+def _layer_norm_fwd(*arguments: Any) -> tuple[Tensor, ...]:
+    operands, spec = _forward_arguments(arguments)
+    launchers = backends.launchers(backends.kernels(operands.x.device) or "torch")
+    return _fill(launchers.forward(*operands, *spec, True, True), operands.x)
 
 
-@cache
-def _cpu_kernels() -> Kernels:
-    from fusednorm import _C  # type: ignore[attr-defined]
-
-    return Kernels(_C.forward, _C.backward)
-
-
-@cache
-def _is_plain() -> Callable[..., bool]:
-    from fusednorm import _C  # type: ignore[attr-defined]
-
-    return _C.is_plain  # type: ignore[no-any-return]
+def _layer_norm_fwd_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    (x, *_), spec = _forward_arguments(arguments)
+    rows, _ = rows_and_columns(x, spec.normalized_shape)
+    stats = compute_dtype(x.dtype, spec.h_dtype)
+    z = x.new_empty(x.shape, dtype=spec.out_dtype)
+    h = None if spec.h_dtype is None else x.new_empty(x.shape, dtype=spec.h_dtype)
+    mean = None if spec.rms else x.new_empty(rows, dtype=stats)
+    return _fill((z, h, mean, x.new_empty(rows, dtype=stats)), x)
 
 
-@cache
-def _cuda_kernels() -> Kernels:
-    from fusednorm import cuda
-
-    return Kernels(cuda.layer_norm_fwd, cuda.layer_norm_bwd)
-
-
-def kernels(device: torch.device) -> Kernels | None:
-    """Return the kernels that run on `device`, or None where the reference has to."""
-    backend = backends.kernels(device)
-    if backend == "cuda":
-        return _cuda_kernels()
-    if backend == "cpu":
-        return _cpu_kernels()
-    return None if backend is None else _TRITON_KERNELS
+def _layer_norm_bwd(*arguments: Any) -> tuple[Tensor, ...]:
+    count = 2 + len(Saved._fields)
+    tensors, (shape, _eps, _rms, *options) = arguments[:count], arguments[count:]
+    h = Saved(*tensors[2:]).h
+    launchers = backends.launchers(backends.kernels(h.device) or "torch")
+    return _fill(launchers.backward(*tensors, tuple(shape), *options), h)
 
 
-def eager_kernels(
-    shape: object,
-    input: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    *,
-    plain: bool,
-) -> Kernels | None:
-    """Return the kernels that may run on the arguments with no further check, if there are any.
-
-    That is where they are valid, plain tensors on the CPU and nothing looks at the operators.
-    """
-    if torch.compiler.is_compiling() or not backends.compiled_on_cpu(plain):
-        return None
-    if not _is_plain()(shape, input, residual, weight, bias):
-        return None
-    return _cpu_kernels()
-
-
-def _layer_norm_fwd(
-    x: Tensor,
-    residual: Tensor | None,
-    gate: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    seed: Tensor | None,
-    normalized_shape: list[int],
-    eps: float,
-    rms: bool,
-    dropout_p: float,
-    out_dtype: torch.dtype,
-    h_dtype: torch.dtype | None,
-    x_hat_dtype: torch.dtype | None,
-) -> tuple[Tensor, ...]:
-    tensors = (x, residual, gate, weight, bias, scale, shift, seed)
-    spec = Spec(tuple(normalized_shape), eps, rms, dropout_p, out_dtype, h_dtype, x_hat_dtype)
-    if (found := kernels(x.device)) is not None:
-        return _fill(found.forward(*tensors, *spec, True, True), x)
-    z, h, mean, rstd = reference.layer_norm(*tensors, spec)
-    stored = None if h_dtype is None else h.contiguous()
-    return _fill((z.contiguous(), stored, mean, rstd), x)
-
-
-def _layer_norm_bwd(
-    dz: Tensor | None,
-    dh: Tensor | None,
-    x: Tensor | None,
-    h: Tensor,
-    mean: Tensor | None,
-    rstd: Tensor,
-    gate: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    seed: Tensor | None,
-    normalized_shape: list[int],
-    eps: float,
-    rms: bool,
-    dropout_p: float,
-    x_dtype: torch.dtype,
-    residual_dtype: torch.dtype,
-    x_hat_dtype: torch.dtype | None,
-    output_mask: Mask,
-) -> tuple[Tensor, ...]:
-    shape = tuple(normalized_shape)
-    parameters = (gate, weight, bias, scale, shift, seed)
-    dtypes = (x_dtype, residual_dtype)
-    if (found := kernels(h.device)) is not None:
-        tensors = (dz, dh, x, h, mean, rstd, *parameters)
-        return _fill(
-            found.backward(*tensors, shape, dropout_p, *dtypes, x_hat_dtype, output_mask), h
-        )
-    spec = Spec(shape, eps, rms, dropout_p, x_dtype, h.dtype, x_hat_dtype)
-    return _fill(reference.layer_norm_bwd(dz, dh, x, h, *parameters, spec, *dtypes, output_mask), h)
+def _layer_norm_bwd_fake(_dz: Tensor | None, _dh: Tensor | None, *arguments: Any) -> Any:
+    count = len(Saved._fields)
+    saved, (*_, x_dtype, residual_dtype, _, output_mask) = (
+        Saved(*arguments[:count]),
+        arguments[count:],
+    )
+    h = saved.h
+    likes = ByInput(h, h, saved.gate, saved.weight, saved.bias, saved.scale, saved.shift)
+    dtypes = (x_dtype, residual_dtype, *(getattr(like, "dtype", None) for like in likes[2:]))
+    return _fill(
+        tuple(
+            like.new_empty(like.shape, dtype=dtype) if wanted and like is not None else None
+            for like, dtype, wanted in zip(likes, dtypes, output_mask, strict=True)
+        ),
+        h,
+    )
 
 
 def _fill(results: tuple[Tensor | None, ...], like: Tensor) -> tuple[Tensor, ...]:
     """Put an empty tensor in the place of each result that there is none of."""
     return tuple(like.new_empty(0) if result is None else result for result in results)
-
-
-def _layer_norm_fwd_fake(
-    x: Tensor,
-    residual: Tensor | None,
-    gate: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    seed: Tensor | None,
-    normalized_shape: list[int],
-    eps: float,
-    rms: bool,
-    dropout_p: float,
-    out_dtype: torch.dtype,
-    h_dtype: torch.dtype | None,
-    x_hat_dtype: torch.dtype | None,
-) -> tuple[Tensor, ...]:
-    spec = Spec(tuple(normalized_shape), eps, rms, dropout_p, out_dtype, h_dtype, x_hat_dtype)
-    rows, _ = rows_and_columns(x, spec.normalized_shape)
-    stats = compute_dtype(x.dtype, h_dtype)
-    z = x.new_empty(x.shape, dtype=out_dtype)
-    h = None if h_dtype is None else x.new_empty(x.shape, dtype=h_dtype)
-    mean = None if rms else x.new_empty(rows, dtype=stats)
-    return _fill((z, h, mean, x.new_empty(rows, dtype=stats)), x)
-
-
-def _layer_norm_bwd_fake(
-    dz: Tensor | None,
-    dh: Tensor | None,
-    x: Tensor | None,
-    h: Tensor,
-    mean: Tensor | None,
-    rstd: Tensor,
-    gate: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    seed: Tensor | None,
-    normalized_shape: list[int],
-    eps: float,
-    rms: bool,
-    dropout_p: float,
-    x_dtype: torch.dtype,
-    residual_dtype: torch.dtype,
-    x_hat_dtype: torch.dtype | None,
-    output_mask: Mask,
-) -> tuple[Tensor, ...]:
-    streams = (h.new_empty(h.shape, dtype=dtype) for dtype in (x_dtype, residual_dtype))
-    parameters = (
-        None if parameter is None else parameter.new_empty(parameter.shape)
-        for parameter in (gate, weight, bias, scale, shift)
-    )
-    return _fill(
-        tuple(
-            gradient if wanted else None
-            for gradient, wanted in zip((*streams, *parameters), output_mask, strict=True)
-        ),
-        h,
-    )
 
 
 for _name, _implementation, _fake in (

@@ -1,27 +1,20 @@
-"""What a call computes, beside its tensors, and what its backward returns."""
+"""What a call is made of, what its backward reads, and what that returns."""
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fusednorm.observers import shape_of
+
 Outputs = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
 """z, h, mean and rstd."""
 
-Gradients = tuple[
-    Tensor | None,
-    Tensor | None,
-    Tensor | None,
-    Tensor | None,
-    Tensor | None,
-    Tensor | None,
-    Tensor | None,
-]
-Mask = tuple[bool, bool, bool, bool, bool, bool, bool]
-"""One entry for each of x, residual, gate, weight, bias, scale and shift."""
+Dtypes = tuple[torch.dtype, torch.dtype]
+"""Those of the gradients of x and residual."""
 
 
 class Spec(NamedTuple):
@@ -46,6 +39,80 @@ class Spec(NamedTuple):
     x_hat_dtype: torch.dtype | None
 
 
+class Operands(NamedTuple):
+    """The tensors of a call; gate, scale and shift are [1 or S, N or 1]."""
+
+    x: Tensor
+    residual: Tensor | None = None
+    gate: Tensor | None = None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    scale: Tensor | None = None
+    shift: Tensor | None = None
+    seed: Tensor | None = None
+
+
+class Call(NamedTuple):
+    """A call whose arguments have been checked.
+
+    Attributes:
+        op: The name that the user called.
+        operands: Its tensors; dropout has no seed yet.
+        spec: What to compute.
+        want_h: Whether the caller uses h.
+    """
+
+    op: str
+    operands: Operands
+    spec: Spec
+    want_h: bool
+
+    @property
+    def is_one_norm(self) -> bool:
+        """Whether it is a norm of x with weight and bias, and nothing else of the equation."""
+        spec, operands = self.spec, self.operands
+        return (
+            spec.h_dtype is None
+            and spec.x_hat_dtype is None
+            and operands.scale is None
+            and operands.shift is None
+        )
+
+
+class Saved(NamedTuple):
+    """What a backward reads: h is what was normalised, x is there for dgate only.
+
+    Without statistics the reference computes them again, as functions of h.
+    """
+
+    x: Tensor | None
+    h: Tensor
+    mean: Tensor | None
+    rstd: Tensor | None
+    gate: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    scale: Tensor | None
+    shift: Tensor | None
+    seed: Tensor | None
+
+
+class ByInput(NamedTuple):
+    """One entry for each differentiable input: its gradient, or whether that is wanted."""
+
+    x: Any = None
+    residual: Any = None
+    gate: Any = None
+    weight: Any = None
+    bias: Any = None
+    scale: Any = None
+    shift: Any = None
+
+
+Gradients = ByInput | tuple[Tensor | None, ...]
+Mask = ByInput | tuple[bool, ...]
+
+
 def compute_dtype(*dtypes: torch.dtype | None) -> torch.dtype:
     """Return the dtype of statistics and sums: float64 where x or h is, else float32."""
     return torch.float64 if torch.float64 in dtypes else torch.float32
@@ -53,7 +120,5 @@ def compute_dtype(*dtypes: torch.dtype | None) -> torch.dtype:
 
 def rows_and_columns(x: Tensor, normalized_shape: tuple[int, ...]) -> tuple[int, int]:
     """Return M and N."""
-    cols = math.prod(normalized_shape)
-    if cols > 0:
-        return x.numel() // cols, cols
-    return math.prod(x.shape[: x.dim() - len(normalized_shape)]), cols
+    leading = shape_of(x)[: x.dim() - len(normalized_shape)]
+    return math.prod(leading), math.prod(normalized_shape)

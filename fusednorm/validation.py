@@ -10,6 +10,8 @@ from typing import NoReturn, TypeGuard
 import torch
 from torch import Tensor
 
+from fusednorm.observers import shape_of
+
 DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 
 
@@ -41,8 +43,8 @@ def check_norm(
     shape = _shape_tuple(op, normalized_shape)
     if not shape:
         fail(op, "normalized_shape of at least one dimension", shape)
-    if input.shape[-len(shape) :] != shape:
-        fail(op, f"input of shape (*, {', '.join(map(str, shape))})", tuple(input.shape))
+    if (sizes := _sizes(op, input, len(shape)))[-len(shape) :] != shape:
+        fail(op, f"input of shape (*, {', '.join(map(str, shape))})", sizes)
     if weight is not None:
         _check_companion(op, "weight", weight, input, shape)
     if bias is not None:
@@ -50,10 +52,28 @@ def check_norm(
     return shape, eps if type(eps) is float else _float(op, "eps", eps)
 
 
+def _sizes(op: str, input: Tensor, count: int) -> tuple[int, ...]:
+    """Return the shape of `input`, or the last `count` sizes of a nested tensor."""
+    if not input.is_nested or input.layout is not torch.strided:
+        return tuple(shape_of(input))
+    try:
+        return tuple(input.size(-i) for i in range(count, 0, -1))
+    except RuntimeError:
+        fail(op, f"a nested tensor whose last {count} sizes are one number each", "others")
+
+
 def check_residual(op: str, residual: Tensor | None, input: Tensor) -> None:
     """Check that there is no residual or that it fits `input`."""
-    if residual is not None:
-        _check_companion(op, "residual", residual, input, tuple(input.shape))
+    if residual is None:
+        return
+    if input.is_nested:
+        _check_tensor(op, "residual", residual, " or None")
+        if not residual.is_nested or residual.layout is not input.layout:
+            fail(op, "residual to be a nested tensor like input", type(residual).__name__)
+        if residual.layout is torch.jagged and residual.shape != input.shape:
+            fail(op, f"residual of shape {tuple(input.shape)}", tuple(residual.shape))
+        return _check_device(op, "residual", residual, input)
+    _check_companion(op, "residual", residual, input, tuple(shape_of(input)))
 
 
 def check_residual_dtype(op: str, dtype: torch.dtype | None) -> None:
@@ -79,6 +99,10 @@ def check_terms(
     op: str, input: Tensor, shape: tuple[int, ...], **terms: Tensor | None
 ) -> list[Tensor | None]:
     """Return each term as [1 or S, N or 1]: S samples of consecutive rows of `input`."""
+    if input.is_nested:
+        for name, term in terms.items():
+            if term is not None:
+                fail(op, f"no {name} with a nested tensor", "one")
     sizes = {
         name: _term_size(op, name, term, input, shape)
         for name, term in terms.items()
@@ -92,7 +116,7 @@ def check_terms(
         if term is not None:
             rows, _ = sizes[name]
             term = term.reshape(sizes[name])
-            if rows not in (1, samples):
+            if rows not in (0, 1, samples):
                 term = term.repeat_interleave(samples // rows, 0)
         flat.append(term)
     return flat
@@ -104,8 +128,8 @@ def _term_size(
     """Return over how many samples, and how many columns, a term has numbers of its own."""
     _check_tensor(op, name, term, " or None")
     _check_device(op, name, term, input)
-    batch = tuple(input.shape[: input.dim() - len(shape)])
-    sizes = (*(1,) * (input.dim() - term.dim()), *term.shape)
+    batch = tuple(shape_of(input)[: input.dim() - len(shape)])
+    sizes = (*(1,) * (input.dim() - term.dim()), *shape_of(term))
     leading, trailing = sizes[: len(batch)], sizes[len(batch) :]
     sampled = max([0, *(i + 1 for i, size in enumerate(leading) if size != 1)])
     if (
@@ -138,7 +162,7 @@ def _check_companion(
     """Check a tensor that has to have a certain shape."""
     if not isinstance(tensor, Tensor) or tensor.dtype not in DTYPES:
         _check_tensor(op, name, tensor, " or None")
-    if tensor.shape != shape:
+    if shape_of(tensor) != shape:
         fail(op, f"{name} of shape {shape}", tuple(tensor.shape))
     _check_device(op, name, tensor, input)
 

@@ -96,7 +96,7 @@ def tiers(direction: str) -> list[tuple[int, int]]:
 def shared_memory(kernel: str, arguments: str, arch: str) -> int | None:
     """Return the bytes that a launch asks for on an A100 or H200; None where there is none."""
     host = ctypes.CDLL(str(cuda._C.__file__))
-    host.simt_device(132, arch != "80")
+    host.simt_device(132, *((164, False) if arch == "80" else (228, True)))
     if kernel == "layer_norm_bwd_finalize_kernel":
         direction, tier, dtype, stream, split = "backward", 0, DTYPES[arguments], False, False
     else:

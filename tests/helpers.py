@@ -14,7 +14,7 @@ from torch import Tensor
 
 import fusednorm
 from fusednorm import backends, reference
-from fusednorm.spec import Spec
+from fusednorm.spec import Operands, Spec
 
 INTERPRETED = not torch.cuda.is_available()
 
@@ -200,7 +200,7 @@ def reference_layer_norm(
 ) -> Tensor:
     """Return the layer norm of the plain-torch equation."""
     spec = plain_spec(shape, eps, x.dtype)
-    return reference.layer_norm(x, None, None, weight, bias, None, None, None, spec)[0]
+    return reference.layer_norm(Operands(x, weight=weight, bias=bias), spec)[0]
 
 
 def fused(

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -498,9 +499,9 @@ MUTANTS = (
 )
 
 
-def apply(mutant: Mutant, package: Path) -> None:
+def apply(mutant: Mutant, copy: Path) -> None:
     """Edit the copied kernel file, or stop where the source has moved on."""
-    folder = package.parent if "/" in mutant.file else package / "triton_kernels"
+    folder = copy if "/" in mutant.file else copy / "fusednorm" / "triton_kernels"
     path = folder / mutant.file
     source = path.read_text()
     if mutant.old not in source:
@@ -508,34 +509,50 @@ def apply(mutant: Mutant, package: Path) -> None:
     path.write_text(source.replace(mutant.old, mutant.new))
 
 
-def caught_by(mutant: Mutant) -> str | None:
-    """Return the first test that fails for a mutant, or None where all pass."""
+def run_tests(
+    edit: Callable[[Path], None], arguments: list[str], seconds: float | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run pytest on a copy of package and tests that `edit` has changed, up to the first failure.
+
+    Raises:
+        subprocess.TimeoutExpired: It took more than `seconds`.
+    """
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder)
         shutil.copytree(ROOT / "fusednorm", copy / "fusednorm")
         shutil.copytree(ROOT / "triton_kernels", copy / "fusednorm" / "triton_kernels")
         for name in ("tests", "csrc"):
             shutil.copytree(ROOT / name, copy / name)
-        for name in ("pyproject.toml", "setup.py"):
+        for name in ("pyproject.toml", "setup.py", "toolchain.py"):
             shutil.copy(ROOT / name, copy)
-        apply(mutant, copy / "fusednorm")
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
-        command += mutant.tests.split()
-        # `-k` takes no brackets; the parameters are matched on what stands between them.
-        command += ["-k", mutant.select.strip("[")] if mutant.select else []
-        done = subprocess.run(
-            command,
+        edit(copy)
+        return subprocess.run(
+            [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *arguments],
             cwd=copy,
             env={**os.environ, "PYTHONPATH": str(copy)},
             capture_output=True,
             text=True,
+            timeout=seconds,
         )
+
+
+def failed_test(done: subprocess.CompletedProcess[str]) -> str | None:
+    """Return the test that ended a run, or None where none failed."""
+    failed = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
+    return failed[1] if failed else None
+
+
+def caught_by(mutant: Mutant) -> str | None:
+    """Return the first test that fails for a mutant, or None where all pass."""
+    # `-k` takes no brackets; the parameters are matched on what stands between them.
+    select = ["-k", mutant.select.strip("[")] if mutant.select else []
+    done = run_tests(lambda copy: apply(mutant, copy), mutant.tests.split() + select)
     if done.returncode < 0:
         return f"{mutant.tests} (signal {-done.returncode})"
-    failed = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
+    failed = failed_test(done)
     if failed is None and done.returncode not in (0, 1):
         sys.exit(f"{mutant.what}: the tests did not run\n{done.stdout}{done.stderr}")
-    return failed[1] if failed else None
+    return failed
 
 
 def main() -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import os
 import re
@@ -19,10 +20,10 @@ import torch
 # Last, so that the installed package stays the one that is tested.
 sys.path.append(str(Path(__file__).parents[1]))
 
-from bench import compare, excerpt, providers, report, results, scaling, selfcheck, text, timing
+from bench import compare, excerpt, providers, report, results, selfcheck, text, timing
 from bench.__main__ import main
 from bench.cases import MODES, NORMS, Case, cases, draw, floor_bytes
-from bench.measure import COPY, Settings, check, measure
+from bench.measure import COPY, Settings, calls_of, check, measure
 from bench.providers import Provider, bind, find
 from fusednorm import backends
 
@@ -110,6 +111,28 @@ def test_spread() -> None:
     assert math.isclose(timing.spread([1.0, 2.0, 3.0, 4.0, 5.0]), 1 / 3)
 
 
+@pytest.mark.parametrize("mode", ["layer_norm/forward", "add/backward", "add/both"])
+def test_norm_and_yardstick_write_to_as_many_blocks(mode: str) -> None:
+    """What a call writes has left the cache before its next turn, or the copy alone would pay."""
+    generator = torch.Generator().manual_seed(0)
+    case = Case(mode, 64, 96, "float32", "float32")
+    inputs = [draw(case, CPU, generator) for _ in range(5)]
+    size = floor_bytes(case)
+    for calls in (
+        calls_of(case, torch_provider(), inputs),
+        [timing.copy_call(size, CPU, size) for _ in inputs],
+    ):
+        call = timing.in_turn(calls)
+        turns = [[_places(call()) for _ in inputs] for _ in range(3)]
+        for turn in turns:
+            assert len(set().union(*turn)) == sum(map(len, turn)) >= 5
+
+
+def _places(results: Any) -> set[int]:
+    given = results if isinstance(results, tuple) else (results,)
+    return {tensor.data_ptr() for tensor in given}
+
+
 # The floor.
 
 
@@ -123,6 +146,11 @@ def test_spread() -> None:
         ("add/backward", 4 * 4096 * 1024 * 2 + 3 * 1024 * 4 + 8 * 4096),
         ("rms_norm/forward", 2 * 4096 * 1024 * 2 + 1024 * 4 + 4 * 4096),
         ("frozen/backward", 3 * 4096 * 1024 * 2 + 1024 * 4 + 8 * 4096),
+        ("dropout/backward", 5 * 4096 * 1024 * 2 + 3 * 1024 * 4 + 8 * 4096),
+        ("layer_scale/forward", 4 * 4096 * 1024 * 2 + 3 * 1024 * 4 + 8 * 4096),
+        ("layer_scale/backward", 6 * 4096 * 1024 * 2 + 5 * 1024 * 4 + 8 * 4096),
+        ("adaln/backward", 3 * 4096 * 1024 * 2 + 8 * 3 * 1024 * 4 + 8 * 4096),
+        ("adaln_zero/backward", 6 * 4096 * 1024 * 2 + 8 * 5 * 1024 * 4 + 8 * 4096),
     ],
 )
 def test_floor(mode: str, expected: int) -> None:
@@ -141,12 +169,14 @@ def test_both_phases_add_up() -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("mode", MODES)
 def test_right_results_pass(mode: str, dtype: str) -> None:
-    """Torch and our own backends for the CPU are found right in every mode."""
+    """Torch, our own backends for the CPU and its peers are found right in every mode."""
     generator = torch.Generator().manual_seed(0)
     case = Case(mode, 64, 200, dtype, dtype)
     for provider in find(None, CPU)[0]:
-        if provider.name in ("torch.compile", "fusednorm-triton"):
-            continue  # the one compiles for seconds, the other would be interpreted
+        if provider.name == "torch.compile":
+            continue  # it compiles for seconds
+        if case.norm not in provider.norms or not provider.serves(case):
+            continue
         with provider.scope(), torch.set_grad_enabled(case.phase != "inference"):
             problem = check(case, provider, draw(case, CPU, generator))
         assert problem == "", provider.name
@@ -157,7 +187,7 @@ def test_planted_wrong_mean_is_refused(dtype: str) -> None:
     """A mean that is one percent off is named as wrong, and not timed."""
     case = Case("layer_norm/forward", 64, 200, dtype, dtype)
     planted = selfcheck.planted(torch_provider())[-1]
-    cells = list(measure([case], [planted], CPU, Settings(2, 0.0), progress=False))
+    (cells,) = measure([case], [planted], CPU, Settings(2, 0.0), progress=False)
     wrong = next(cell for cell in cells if cell["provider"] == "wrong mean")
     assert wrong["status"] == "wrong"
     assert "off by" in wrong["note"]
@@ -191,7 +221,8 @@ def test_provider_that_raises_does_not_stop_the_others() -> None:
 
     case = Case("layer_norm/forward", 8, 64, "float32", "float32")
     both = [Provider("broken", "", {"layer_norm": bind(broken)}), torch_provider()]
-    cells = {c["provider"]: c for c in measure([case], both, CPU, Settings(2, 0.0), progress=False)}
+    (found,) = measure([case], both, CPU, Settings(2, 0.0), progress=False)
+    cells = {cell["provider"]: cell for cell in found}
     assert cells["broken"]["status"] == "failed"
     assert cells["broken"]["note"] == "RuntimeError: planted"
     assert len(cells["torch"]["seconds"]["eager"]) == 2
@@ -214,14 +245,60 @@ def test_our_backends_are_taken_or_named_as_missing(monkeypatch: pytest.MonkeyPa
     used.clear()
     with ours.scope():
         assert used == ["cuda"]
-    assert {f"fusednorm-{name}" for name in backends.NAMES} <= providers.MAKERS.keys()
 
 
 def test_missing_peers_are_named() -> None:
     found, missing = find(None, CPU)
     named = {provider.name for provider in found} | missing.keys()
+    assert named == providers.MAKERS.keys() - set(providers.ON_REQUEST)
     assert named >= {"torch", "liger", "quack", "fla", "flash-attn", "apex", "transformer-engine"}
+    assert named >= {"fusednorm", "fusednorm-cpu", "fusednorm-cuda", "onnxruntime"}
     assert all(missing.values())
+
+
+def test_onnxruntime_is_measured_at_inference_alone() -> None:
+    """What it computes is checked with the others' results."""
+    pytest.importorskip("onnxruntime")
+    (provider,), _ = find(["onnxruntime"], CPU)
+    assert provider.norms.keys() == {"layer_norm", "add", "add_rms"}
+    modes = [f"{norm}/{phase}" for norm in provider.norms for phase in ("inference", "both")]
+    chosen = [
+        Case(mode, 8, 64, dtype, dtype) for mode in modes for dtype in ("float32", "bfloat16")
+    ]
+    found = measure(chosen, [provider], CPU, Settings(1, 0.0), progress=False)
+    ran = [cell for cells in found for cell in cells if cell["provider"] == "onnxruntime"]
+    assert {(c["mode"], c["dtype"], c["status"]) for c in ran} == {
+        (f"{norm}/inference", "float32", "ok") for norm in provider.norms
+    }
+    assert find(["onnxruntime"], torch.device("meta"))[1] == {
+        "onnxruntime": "it is measured on a cpu device, not meta"
+    }
+
+
+@pytest.mark.parametrize(
+    ("kernels", "who"),
+    [
+        (["void at::native::vectorized_layer_norm_kernel<c10::BFloat16, float, true>"], "ATen"),
+        (["void at::native::LayerNormForwardCUDAKernel<float, float, true>"], "ATen"),
+        (["at::native::fill", "kernel_cutlass_kernel_torch_vendorquackrmsnormRMSNorm"], "QuACK"),
+        (["Memcpy DtoD"], "unknown kernels"),
+        ([], "unknown kernels"),
+    ],
+)
+def test_whose_kernel_was_torchs_rms_norm(kernels: list[str], who: str) -> None:
+    assert providers.author(kernels) == f"ran {who}"
+
+
+def test_what_ran_is_in_the_results() -> None:
+    """Where torch's RMS norm may be somebody else's, the page and the table say whose it was."""
+    (torchs,) = find(["torch"], CPU)[0]
+    seen = dataclasses.replace(torchs, ran=lambda case, inputs: "ran QuACK")
+    case = Case("rms_norm/forward", 8, 64, "float32", "float32")
+    (cells,) = measure([case], [seen], CPU, Settings(2, 0.0), progress=False)
+    found = made_up() | {"cells": cells}
+    assert found["cells"][1]["note"] == "ran QuACK"
+    assert not report.problems(found)
+    assert ("torch", "ran QuACK in 1 cases") in report.facts(found)
 
 
 # Files.
@@ -273,35 +350,12 @@ def test_compare_shows_what_moved_beyond_the_spread() -> None:
     assert "slower" in compare.describe(before, after)
 
 
-def test_scaling_finds_the_line() -> None:
-    rows = [1, 16, 256, 4096]
-    found = scaling.fit(rows, [10e-6 + 2e-9 * row for row in rows])
-    assert math.isclose(found.fixed, 10e-6, rel_tol=1e-6)
-    assert math.isclose(found.slope, 2e-9, rel_tol=1e-6)
-    exact = scaling.fit([1, 10, 100], [3e-6, 30e-6, 300e-6])
-    assert math.isclose(exact.exponent, 1.0)
-    text = scaling.describe(made_up())
-    line = next(line for line in text.splitlines() if "fusednorm-triton" in line)
-    assert re.search(r"M\s+20\.00\s+2\.00\s+ns a row", line), line
-
-
-def test_scaling_by_threads() -> None:
-    """Three quarters of the work are shared by the threads."""
-    found = made_up()
-    found["cells"] = [
-        found["cells"][1]
-        | {"threads": threads, "seconds": {"eager": [1e-3 * (0.25 + 0.75 / threads)]}}
-        for threads in (1, 2, 4)
-    ]
-    assert "75% parallel" in scaling.describe(found)
-
-
 def test_report_opens_without_a_network(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     path = tmp_path / "made-up.json"
     written = {file.name for file in report.write(made_up(), path)}
     assert written == {
-        *(f"made-up-{plot}.{kind}" for plot in ("bandwidth", "latency") for kind in ("png", "svg")),
+        *("made-up-bandwidth.svg", "made-up-latency.svg"),
         "made-up.html",
     }
     page = path.with_suffix(".html").read_text(encoding="utf-8")
@@ -325,6 +379,17 @@ def test_report_without_matplotlib(
     (page,) = report.write(made_up(), tmp_path / "made-up.json")
     assert "<table>" in page.read_text(encoding="utf-8")
     assert "no plots" in capsys.readouterr().err
+
+
+def test_ours_is_what_users_get() -> None:
+    """A backend that has to be asked for does not stand in for the automatic choice."""
+    found = made_up()
+    for cell in [c for c in found["cells"] if c["provider"] == "fusednorm-triton"]:
+        slower = {what: [2 * s for s in rounds] for what, rounds in cell["seconds"].items()}
+        found["cells"].append(cell | {"provider": "fusednorm", "seconds": slower})
+    cells = next(iter(results.by_case(found).values()))
+    assert report.best(cells, "eager", ours=True) == "fusednorm-triton"
+    assert math.isclose((report.versus(cells, "eager") or (0.0,))[0], 0.75)
 
 
 def test_summary_is_the_geometric_mean_over_cases() -> None:
@@ -402,14 +467,14 @@ WITHOUT_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a G
         ["--group", "nothing"],
         ["--mode", "layer_norm"],
         ["--threads", "0"],
-        ["--quick", "--full"],
+        ["--group", "quick", "--full"],
+        ["tune", "--device", "tpu"],
         ["nonsense"],
         ["compare", "absent.json", "absent.json"],
-        ["scaling", "absent.json"],
         ["report", "absent.json"],
         ["--clock", "process", "--threads", "2"],
         pytest.param(["--device", "cuda"], marks=WITHOUT_GPU),
-        pytest.param(["tune"], marks=WITHOUT_GPU),
+        pytest.param(["tune", "--device", "cuda"], marks=WITHOUT_GPU),
     ],
     ids=" ".join,
 )
@@ -430,19 +495,18 @@ def test_bad_input(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> 
 @pytest.mark.parametrize(
     ("arguments", "code", "complaint"),
     [
-        ([], 2, "usage: bench/on_gpu.sh OUTDIR [--step build|"),
-        (["--step", "nothing"], 2, "usage: bench/on_gpu.sh OUTDIR [--step build|"),
-        (["--step", "build"], 1, "on_gpu: expected a GPU that torch can use, found none"),
+        ([], 2, "usage: bench/on_gpu.sh check|bench|tune OUTDIR"),
+        (["nothing"], 2, "usage: bench/on_gpu.sh check|bench|tune OUTDIR"),
+        (["check"], 1, "on_gpu: expected a GPU that torch can use, found none"),
     ],
-    ids=["no folder", "no such step", "no GPU"],
+    ids=["nothing", "no such command", "no GPU"],
 )
 def test_gpu_script_says_what_is_wrong(
     tmp_path: Path, arguments: list[str], code: int, complaint: str
 ) -> None:
     script = Path(__file__).parents[1] / "bench" / "on_gpu.sh"
-    folder = [str(tmp_path)] if arguments else []
     done = subprocess.run(
-        ["bash", str(script), *folder, *arguments],
+        ["bash", str(script), *arguments, *[str(tmp_path)] * bool(arguments)],
         env={**os.environ, "PYTHON": sys.executable, "DEVICE": "cuda"},
         capture_output=True,
         text=True,
@@ -459,7 +523,7 @@ def test_file_of_another_schema(
 ) -> None:
     path = tmp_path / "other.json"
     path.write_text(text, encoding="utf-8")
-    for command in (["report"], ["scaling"], ["compare", str(path)]):
+    for command in (["report"], ["compare", str(path)]):
         with pytest.raises(SystemExit) as stopped:
             main([*command, str(path)])
         assert stopped.value.code == 2
@@ -486,9 +550,6 @@ def test_run_from_the_command_line(
     assert main(["report", str(path)]) == 0
     assert main(["compare", str(path), str(path)]) == 0
     assert "4 of 4 cells within the spread" in capsys.readouterr().out
-    with pytest.raises(SystemExit):
-        main(["scaling", str(path)])
-    assert "hold no sweep" in capsys.readouterr().err
 
 
 def test_run_goes_on_where_it_was(
@@ -528,12 +589,31 @@ def test_run_goes_on_where_it_was(
     assert "another device" in capsys.readouterr().err
 
 
+def test_what_was_measured_outlives_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bench.cases.shapes", lambda *_: [(8, 64), (4, 96)])
+    monkeypatch.setattr(timing, "asymptotic_bandwidth", lambda _: 1e9)
+    monkeypatch.setattr(timing, "WARM_UP", 0.0)
+
+    def end(case: Case, *_: object) -> str:
+        if case.rows == 4:
+            raise KeyboardInterrupt
+        return ""
+
+    monkeypatch.setattr("bench.measure.check", end)
+    path = tmp_path / "ended.json"
+    arguments = ["--device", "cpu", "--mode", "layer_norm/forward", "--provider", "torch"]
+    with pytest.raises(KeyboardInterrupt):
+        main([*arguments, "--out", str(path)])
+    assert {cell["rows"] for cell in results.load(path)["cells"]} == {8}
+    assert [file.name for file in tmp_path.iterdir()] == ["ended.json"]
+
+
 # Tuning.
 
 
 def test_tuning_proposes_what_gains_more_than_the_spread() -> None:
     pytest.importorskip("triton")
-    from bench import codegen, tune
+    from bench import tune
 
     now, better = (32, 4), (16, 2)
     gains = tune.choose(tune.Rung(1024, now, {now: [10e-6] * 3, better: [9e-6] * 3}))
@@ -543,7 +623,7 @@ def test_tuning_proposes_what_gains_more_than_the_spread() -> None:
     assert noise == tune.Choice(2048, now, "")
     tiers = tune.ladder([noise, gains, tune.Choice(4096, now, "")])
     assert [tier[:3] for tier in tiers] == [(1024, *better), (4096, *now)]
-    before = codegen.policy_text()
+    before = tune.policy_text()
     for direction in ("forward", "backward"):
         for itemsize in (2, 4, 8):
             after = tune.rewrite(before, direction, itemsize, tiers)
@@ -557,27 +637,51 @@ def test_tuning_proposes_what_gains_more_than_the_spread() -> None:
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_tuning_tries_no_tile_twice(direction: str) -> None:
     pytest.importorskip("triton")
-    from bench import codegen, tune
+    from bench import tune
 
     for cols, most in ((256, 12), (4096, 4)):
-        now = codegen.tier(direction, 2, cols)
-        chosen = tune._different(direction, "bfloat16", cols, (now, *tune.CANDIDATES))
+        now = tune.tier(direction, 2, cols)
+        chosen = tune.different(tune.Where(direction, 2), cols, (now, *tune.CANDIDATES))
         assert chosen[0] == now
         assert 1 < len(chosen) <= most
         tiles = set()
         for candidate in chosen:
-            with codegen.forced_tier(direction, 2, candidate):
-                tiles.add(codegen.tile(direction, 2, cols))
+            with tune.forced_tier(direction, 2, candidate):
+                tiles.add(tune.tile(direction, 2, cols))
         assert len(tiles) == len(chosen)
+
+
+@WITHOUT_GPU
+def test_tuning_runs_in_the_interpreter(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every candidate is checked and timed; a wrong one and one that fails lose their place."""
+    pytest.importorskip("triton")
+    from bench import tune
+
+    monkeypatch.setattr(tune, "COLS", (64, 257))
+    monkeypatch.setattr(tune, "CANDIDATES", ((8, 1), (32, 1)))
+    monkeypatch.setattr(tune, "choose", lambda rung: tune.Choice(rung.cols, (8, 1), "planted"))
+    arguments = ["tune", "--device", "cpu", "--dtype", "float32", "--direction"]
+    for direction in ("forward", "backward"):
+        assert main([*arguments, direction]) == 0
+        done = capsys.readouterr()
+        assert "measured 2 of 2 rungs" in done.err
+        assert "+        Tier(257, 8, 1)," in done.out
+    assert main([*arguments, "forward", "--seconds", "-1"]) == 0
+    done = capsys.readouterr()
+    assert "measured 0 of 2 rungs" in done.err
+    monkeypatch.setattr(tune, "check", lambda *_: "planted")
+    assert tune.measure_rung(tune.Where("forward", 4), "float32", 64, CPU) is None
 
 
 def test_forced_tier_is_undone() -> None:
     pytest.importorskip("triton")
-    from bench import codegen
+    from bench import tune
     from fusednorm.triton_kernels.config import forward_config
 
-    arch = codegen.TARGETS["sm_90"][1]
+    arch = tune.H100
     usual = forward_config(1024, 2, arch)
-    with codegen.forced_tier("forward", 2, (8, 1)):
+    with tune.forced_tier("forward", 2, (8, 1)):
         assert forward_config(1024, 2, arch) != usual
     assert forward_config(1024, 2, arch) == usual

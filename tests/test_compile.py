@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusednorm
 from fusednorm import autograd, backends, layer_norm, ops
+from fusednorm.spec import Call, Operands
 
 FWD, BWD = ops.layer_norm_fwd, ops.layer_norm_bwd
 
@@ -516,9 +517,8 @@ def launch_both(rows: int, cols: int, dtype: torch.dtype, stride: int, eps: floa
     weight, bias = (torch.empty(cols, dtype=dtype, device="meta") for _ in range(2))
     inputs = [tensor.requires_grad_() for tensor in (x, weight, bias)]
     spec = plain_spec((cols,), eps, dtype)
-    y, _ = autograd.layer_norm(
-        x, None, None, weight, bias, None, None, None, spec=spec, want_h=False
-    )
+    call = Call("layer_norm", Operands(x, weight=weight, bias=bias), spec, want_h=False)
+    y, _ = autograd.run(call, backends.launchers("triton"))
     torch.autograd.grad(y, inputs, dy)
 
 
@@ -534,7 +534,8 @@ def launch_every_term(rows: int, dropout_p: float) -> None:
     ]
     seed = torch.empty(1, dtype=torch.int64, device="meta")
     spec = plain_spec((cols,), 1e-5, BF16)._replace(h_dtype=BF16, dropout_p=dropout_p)
-    z, h = autograd.layer_norm(*inputs, seed, spec=spec, want_h=True)
+    call = Call("add_layer_norm", Operands(*inputs, seed), spec, want_h=True)
+    z, h = autograd.run(call, backends.launchers("triton"))
     torch.autograd.grad([z, h], inputs, [torch.empty_like(z), torch.empty_like(z)])
 
 

@@ -67,6 +67,8 @@ if "cpu" not in backends.available():
 
 from fusednorm import cuda
 
+# Shared memory of a processor in KB, and whether there are clusters.
+DEVICES = {"8.0": (164, False), "8.6": (100, False), "9.0": (228, True), "12.0": (100, True)}
 ON_GPU = torch.cuda.is_available() and "cuda" in backends.available()
 
 
@@ -86,14 +88,17 @@ def module() -> ModuleType:
 def use_host(
     monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> Callable[..., None]:
-    """Put the host in the place of the GPU: so many processors, with or without clusters."""
+    """Put the host in the place of the GPU: so many processors of a compute capability."""
 
-    def use(processors: int = 3, have_clusters: bool = True) -> None:
+    def use(processors: int = 3, capability: str = "9.0") -> None:
         module = request.getfixturevalue("module")
-        ctypes.CDLL(module.__file__).simt_device(processors, have_clusters)
+        ctypes.CDLL(module.__file__).simt_device(processors, *DEVICES[capability])
         monkeypatch.setattr(cuda, "_C", module)
-        monkeypatch.setattr(backends, "cuda_missing", lambda: None)
-        monkeypatch.setattr(backends, "_cuda_unfit", lambda device: None)
+        launchers = backends.Launchers(cuda.layer_norm_fwd, cuda.layer_norm_bwd)
+        host = backends._TABLE["cuda"]._replace(
+            missing=lambda: None, unfit=lambda device: None, launchers=lambda: launchers
+        )
+        monkeypatch.setitem(backends._TABLE, "cuda", host)
 
     return use
 
@@ -208,9 +213,42 @@ def test_without_clusters(
     processors: int,
 ) -> None:
     """On sm_80 rows stay in their blocks, and partial rows are added up by one kernel."""
-    use_host(processors, have_clusters=False)
+    use_host(processors, "8.0")
     use = USES["Add & Norm, dropout"]
     assert_accurate(lambda: make((1, 23), cols, dtype, kernels, use))
+
+
+@pytest.mark.skipif(ON_GPU, reason="a GPU has the shared memory that it has")
+@pytest.mark.parametrize("dtype", HALVES[1:], ids=str)
+@pytest.mark.parametrize(
+    ("capability", "cols"),
+    [*(("8.6", cols) for cols in (200, 257, 600, 1100, 2048, 3000, 8192)), ("12.0", 65536)],
+)
+def test_little_shared_memory(
+    use_host: Callable[..., None],
+    kernels: torch.device,
+    capability: str,
+    cols: int,
+    dtype: torch.dtype,
+) -> None:
+    """Where fewer blocks have room than have registers, each still has room for a row."""
+    use_host(3, capability)
+    use = USES["Add & Norm, dropout"]
+    assert_accurate(lambda: make((1, 23 if cols < 9000 else 2), cols, dtype, kernels, use))
+
+
+@pytest.mark.skipif(ON_GPU, reason="a GPU has the shared memory that it has")
+@pytest.mark.parametrize(
+    ("capability", "widest"), [("8.0", 8192), ("8.6", 8192), ("9.0", 2**17), ("12.0", 2**16)]
+)
+def test_widest_rows(
+    use_host: Callable[..., None], kernels: torch.device, capability: str, widest: int
+) -> None:
+    """The kernels say how wide a row a device has room for, and refuse wider ones."""
+    use_host(3, capability)
+    message = f"expected at most {widest} columns on this device, got {widest + 1}"
+    with pytest.raises(ValueError, match=message):
+        fusednorm.layer_norm(torch.ones(1, widest + 1), widest + 1)
 
 
 @pytest.mark.skipif(ON_GPU, reason="a GPU has the processors that it has")
@@ -234,7 +272,7 @@ def test_processors_change_no_row(
 @pytest.mark.skipif(ON_GPU, reason="a GPU has the processors that it has")
 def test_more_partial_rows_than_warps(use_host: Callable[..., None], kernels: torch.device) -> None:
     """Each warp of the finalize kernel adds up several: 66 partial rows here."""
-    use_host(132, have_clusters=False)
+    use_host(132, "8.0")
     assert_accurate(lambda: make_case(2100, 96, torch.float32, kernels))
 
 

@@ -27,7 +27,7 @@ def library() -> ctypes.CDLL:
 @pytest.fixture
 def machine(library: ctypes.CDLL) -> ctypes.CDLL:
     """A device like sm_90 of three processors."""
-    library.simt_device(3, True)
+    library.simt_device(3, 228, True)
     return library
 
 
@@ -207,7 +207,7 @@ def test_largest_launch(machine: ctypes.CDLL, launch: tuple[int, int, int, int])
 def test_launch_on_a_device_without_clusters(
     machine: ctypes.CDLL, shared_bytes: int, cluster: int, dependent: bool, message: str
 ) -> None:
-    machine.simt_device(3, False)
+    machine.simt_device(3, 164, False)
     x, out = matrices()
     four = ctypes.c_int64(4)
     said = machine.run_copy(four, 64, shared_bytes, cluster, dependent, pointer(x), pointer(out))
@@ -237,12 +237,13 @@ def test_load_of_what_the_kernel_before_writes(machine: ctypes.CDLL) -> None:
     assert copy(x, between, True) is None
 
 
-@pytest.mark.parametrize(("have_clusters", "shared_bytes"), [(True, 233472), (False, 167936)])
-def test_processors(machine: ctypes.CDLL, have_clusters: bool, shared_bytes: int) -> None:
-    machine.simt_device(5, have_clusters)
+@pytest.mark.parametrize("device", [(228, True), (164, False), (100, False), (100, True)])
+def test_processors(machine: ctypes.CDLL, device: tuple[int, bool]) -> None:
+    kilobytes, have_clusters = device
+    machine.simt_device(5, kilobytes, have_clusters)
     found = ctypes.c_int(), ctypes.c_int(), ctypes.c_bool()
     machine.find_processors(*map(ctypes.byref, found))
-    assert [value.value for value in found] == [5, shared_bytes, have_clusters]
+    assert [value.value for value in found] == [5, kilobytes * 1024, have_clusters]
 
 
 def test_fresh_shared_memory_is_poisoned(machine: ctypes.CDLL) -> None:

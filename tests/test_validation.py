@@ -340,7 +340,8 @@ def test_unknown_backend(name: Any) -> None:
 
 def test_backend_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The reason that detection found is part of the message."""
-    monkeypatch.setattr(backends, "_triton_missing", lambda: "triton is on holiday")
+    absent = backends._TABLE["triton"]._replace(missing=lambda: "triton is on holiday")
+    monkeypatch.setitem(backends._TABLE, "triton", absent)
 
     def enter() -> None:
         with backends.use("triton"):

@@ -629,6 +629,7 @@ def layer_norm_bwd_finalize_kernel(
             )
 
 
+@launch.native("triton_backward", tensors=12, device_of=3)
 def layer_norm_bwd(
     dz: torch.Tensor | None,
     dh: torch.Tensor | None,
@@ -759,18 +760,17 @@ def _launch(
         gate_gradient=dgate is not None,
     )
     tile = config.tile
-    column_blocks = triton.cdiv(cols, tile.block_n) if config.form == "split" else 1
+    column_blocks = -(-cols // tile.block_n) if config.form == "split" else 1
     partials = partial_rows(rows, h.element_size(), column_blocks, config, arch)
     # Programs own rows of one sample each, so that partial rows belong to samples.
-    wanted_per_sample = triton.cdiv(partials, terms.samples)
-    rows_per_program = tile.rows * triton.cdiv(
-        triton.cdiv(terms.rows_per_sample, wanted_per_sample), tile.rows
-    )
-    programs_per_sample = triton.cdiv(terms.rows_per_sample, rows_per_program)
+    wanted_per_sample = -(-partials // terms.samples)
+    rows_per_program = -(-terms.rows_per_sample // wanted_per_sample)
+    rows_per_program = -(-rows_per_program // tile.rows) * tile.rows
+    programs_per_sample = -(-terms.rows_per_sample // rows_per_program)
     programs = programs_per_sample * terms.samples
 
     def partial(wanted: bool) -> torch.Tensor | None:
-        return rstd.new_empty((programs, cols)) if wanted else None
+        return launch.scratch(rstd, programs, cols) if wanted else None
 
     dscale_needs_sum = dscale is not None and bias is not None
     dz_x_hat = partial(dweight is not None or dscale is not None)
@@ -785,8 +785,11 @@ def _launch(
     c1 = c2 = None
     with launch.device_guard(h.device):
         if config.sums is not None and through_rows and dz is not None:
-            c1, c2 = torch.empty_like(rstd), None if mean is None else torch.empty_like(rstd)
-            layer_norm_bwd_sums_kernel[(rows,)](
+            c1 = launch.scratch(rstd, rows)
+            c2 = None if mean is None else launch.scratch(rstd, rows)
+            launch.start(
+                layer_norm_bwd_sums_kernel,
+                (rows,),
                 dz,
                 h,
                 weight,
@@ -799,7 +802,7 @@ def _launch(
                 h_stride,
                 scale_stride,
                 terms.rows_per_sample,
-                triton.cdiv(cols, config.sums.block_n),
+                -(-cols // config.sums.block_n),
                 BLOCK_N=config.sums.block_n,
                 SAMPLED=constants["SAMPLED"],
                 SCALE_SCALAR=constants["SCALE_SCALAR"],
@@ -807,7 +810,9 @@ def _launch(
                 **layout,
                 **launch.options(config.sums.num_warps, arch),
             )
-        layer_norm_bwd_kernel[(programs, column_blocks)](
+        launch.start(
+            layer_norm_bwd_kernel,
+            (programs, column_blocks),
             dz,
             dh,
             h,
@@ -861,7 +866,9 @@ def _launch(
         if jobs == 0:
             return
         tile = finalize_tile(cols, arch)
-        layer_norm_bwd_finalize_kernel[(jobs, triton.cdiv(cols, tile.block_n))](
+        launch.start(
+            layer_norm_bwd_finalize_kernel,
+            (jobs, -(-cols // tile.block_n)),
             dz_x_hat,
             dz_sum,
             dgate_partial,

@@ -10,6 +10,7 @@ BLOCK_N / (16 / itemsize) threads work on one row and each holds CHUNKS * 16 / i
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -253,7 +254,7 @@ def _resident_threads(
     return (512, 384, 256, 256)[step]
 
 
-def _tier(tiers: dict[int, tuple[Tier, ...]], cols: int, itemsize: int) -> Tier | None:
+def _tier(tiers: Mapping[int, tuple[Tier, ...]], cols: int, itemsize: int) -> Tier | None:
     """Return the tier of rows of `cols` elements; None for rows too long to stay on chip."""
     return next((tier for tier in tiers[itemsize] if cols <= tier.limit), None)
 

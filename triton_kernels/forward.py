@@ -382,6 +382,7 @@ def layer_norm_fwd_kernel(
         tl.store(rstd_ptr + rows, rstd, mask=row_mask)
 
 
+@launch.native("triton_forward", tensors=8, device_of=0)
 def layer_norm_fwd(
     x: torch.Tensor,
     residual: torch.Tensor | None,
@@ -451,7 +452,9 @@ def layer_norm_fwd(
     config = forward_config(cols, launch.itemsize(compute, z, h), arch)
     tile = config.tile
     with launch.device_guard(x.device):
-        layer_norm_fwd_kernel[(triton.cdiv(rows, tile.rows),)](
+        launch.start(
+            layer_norm_fwd_kernel,
+            (-(-rows // tile.rows),),
             x,
             residual,
             gate,
@@ -469,7 +472,7 @@ def layer_norm_fwd(
             residual_stride,
             *terms.strides,
             terms.rows_per_sample,
-            triton.cdiv(cols, tile.block_n),
+            -(-cols // tile.block_n),
             launch.drop_below(dropout_p),
             1.0 / (1.0 - dropout_p),
             eps,

@@ -1,16 +1,36 @@
-"""What every launcher needs of its tensors and of the device."""
+"""What every launcher needs: of its tensors, of the device, and to start its kernels.
+
+`start` starts a kernel as Triton does, but binds arguments of one layout once only. Where the
+compiled extension is, it goes further: a `native` launcher has it repeat what the Python of the
+launcher did for the same layout, with no Python on the way.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
+import struct
+import threading
+from collections.abc import Callable, Iterator
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+from triton import knobs
+from triton.runtime import driver
 
 from .config import Architecture, vector_elements
+
+try:
+    from fusednorm import _C  # type: ignore[attr-defined]
+except ImportError:
+    _C = None
+
+KNOWN_TRITON = ("3.6", "3.9")
+"""Versions for which tests have compared the extension's launches with Triton's own."""
 
 TRITON_DTYPE = {
     torch.float16: tl.float16,
@@ -126,3 +146,262 @@ def device_guard(device: torch.device) -> contextlib.AbstractContextManager[obje
     if device.type == "cpu" or device.index == torch.cuda.current_device():
         return contextlib.nullcontext()
     return torch.cuda.device(device)
+
+
+@cache
+def not_native(device: torch.device) -> str | None:
+    """Return why Triton's own launcher starts the kernels on `device`, or None if C++ does."""
+    if device.type != "cuda":
+        return f"the extension starts no kernels on {device.type} devices"
+    if torch.version.hip is not None:
+        return "the extension starts no kernels on AMD devices"
+    return untested_triton() or (None if _C else "the compiled extension does not load")
+
+
+def untested_triton() -> str | None:
+    """Return why the extension leaves this Triton alone, or None where it knows how it launches."""
+    if triton.__version__.startswith(tuple(f"{version}." for version in KNOWN_TRITON)):
+        return None
+    return f"triton {triton.__version__} is none of {', '.join(KNOWN_TRITON)}"
+
+
+class Start(NamedTuple):
+    """One start of a kernel, as the extension repeats it.
+
+    Attributes:
+        compiled: What Triton compiled.
+        grid: Programs along each of three axes.
+        arguments: What the kernel was given before its constants.
+    """
+
+    compiled: Any
+    grid: tuple[int, int, int]
+    arguments: tuple[Any, ...]
+
+
+class Record:
+    """What a launcher did: the kernels that it started, and what it allocated in between."""
+
+    def __init__(self) -> None:
+        self.starts: list[Start] = []
+        self.scratch: list[torch.Tensor] = []
+
+
+class _Thread(threading.local):
+    """Where this thread's launchers write what they do, if anybody wants to know."""
+
+    record: Record | None = None
+
+
+_thread = _Thread()
+_compiled: dict[tuple[object, ...], Any] = {}
+
+
+def _hooked() -> bool:
+    """Return whether somebody has asked Triton to tell him of launches."""
+    runtime = knobs.runtime
+    return bool(runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls)
+
+
+def start(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+    """Start ``kernel[grid](*arguments, **constants)``.
+
+    Triton takes half of a launch to find what it compiled. Of an argument that is no tensor it goes
+    by nothing, since our kernels specialize no number, and of a tensor by dtype and alignment.
+
+    Raises:
+        RuntimeError: The driver refuses the launch.
+    """
+    grid = (*grid, 1, 1)[:3]
+    try:
+        if _hooked() or not isinstance(kernel, triton.JITFunction):
+            kernel[grid](*arguments, **constants)
+            return
+        active = driver.active
+        device = active.get_current_device()
+        layout = [
+            (argument.dtype, argument.data_ptr() % 16 == 0)
+            if isinstance(argument, torch.Tensor)
+            else argument is None
+            for argument in arguments
+        ]
+        key = (kernel, device, *layout, *constants.values())
+        compiled = _compiled.get(key)
+        if compiled is None:
+            compiled = kernel[grid](*arguments, **constants)
+            if compiled is None:  # interpreted, or compiled and not started
+                return
+            _compiled[key] = compiled
+        else:
+            # The constants' places are skipped.
+            blanks = len(kernel.arg_names) - len(arguments)
+            compiled.run(
+                *grid,
+                active.get_current_stream(device),
+                compiled.function,
+                compiled.packed_metadata,
+                *(None, None, None),  # nobody to tell
+                *arguments,
+                *(None,) * blanks,
+            )
+    except RuntimeError as error:
+        if not str(error).startswith("Triton Error"):
+            raise
+        name, word = kernel.fn.__name__, str(error).partition(": ")[2]
+        message = f"{name}: expected the driver to launch a grid of {grid}, got {word}"
+        raise RuntimeError(message) from error
+    if _thread.record is not None:
+        _thread.record.starts.append(Start(compiled, grid, arguments))
+
+
+def scratch(like: torch.Tensor, *size: int) -> torch.Tensor:
+    """Allocate what one kernel of a launcher writes and another one reads."""
+    tensor = like.new_empty(size)
+    if _thread.record is not None:
+        _thread.record.scratch.append(tensor)
+    return tensor
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[Record]:
+    """Note what the launchers of this thread do."""
+    _thread.record = record = Record()
+    try:
+        yield record
+    finally:
+        _thread.record = None
+
+
+def native(name: str, tensors: int, device_of: int) -> Any:
+    """Return a decorator by which the extension repeats what a launcher does.
+
+    Args:
+        name: The extension's function.
+        tensors: How many tensors the launcher's arguments begin with.
+        device_of: Which of them is always there.
+    """
+
+    def decorator(launcher: Callable[..., Any]) -> Callable[..., Any]:
+        names = list(inspect.signature(launcher).parameters)[:tensors]
+        repeat = getattr(_C, name, None)
+
+        @functools.wraps(launcher)
+        def launch(*arguments: Any) -> Any:
+            device = arguments[device_of].device
+            if not_native(device) is not None or _hooked():
+                return launcher(*arguments)
+            active = driver.active
+            index = active.get_current_device()
+            if device.index not in (index, None):
+                with torch.cuda.device(device):
+                    return launch(*arguments)
+            done = repeat(index, active.get_current_stream(index), *arguments)  # type: ignore[misc]
+            if type(done) is not bytes:
+                return done
+            with recorded() as record:
+                results = launcher(*arguments)
+            _hand_over(done, record, dict(zip(names, arguments, strict=False)), results)
+            return results
+
+        return launch
+
+    return decorator
+
+
+class _Repeatable(NamedTuple):
+    """A start as the extension reads it.
+
+    Attributes:
+        function: The driver's handle.
+        name: The kernel's.
+        grid: Programs along each of three axes.
+        threads: Of a program.
+        shared: Bytes that a program shares.
+        arguments: For each an index into the tensors, or -1, and a word to add to the address.
+    """
+
+    function: int
+    name: str
+    grid: tuple[int, int, int]
+    threads: int
+    shared: int
+    arguments: list[tuple[int, int]]
+
+
+class _NotRepeatable(Exception):  # noqa: N818  # caught at once
+    """A launcher started something with what the extension does not have."""
+
+
+_Places = dict[int, tuple[int, int]]
+"""By address of a tensor: which of the extension's it is, and how far into it."""
+
+
+def _hand_over(
+    key: bytes,
+    record: Record,
+    inputs: dict[str, torch.Tensor | None],
+    results: tuple[torch.Tensor | None, ...],
+) -> None:
+    """Let the extension repeat what was recorded wherever a layout has this key."""
+    places: _Places = {}
+    for index, result in enumerate(results, len(inputs)):
+        if result is not None:
+            places[result.data_ptr()] = index, 0
+    elements = 0
+    for tensor in record.scratch:
+        places[tensor.data_ptr()] = len(inputs) + len(results), elements * tensor.element_size()
+        elements += -(-tensor.numel() // 64) * 64  # aligned as an allocation
+    try:
+        starts = [_repeatable(start, inputs, places) for start in record.starts]
+    except _NotRepeatable:
+        return
+    _C.triton_keep(key, starts, elements, [start.compiled for start in record.starts])
+
+
+_MOST_SHARED = 228 * 1024
+"""Bytes of shared memory beyond which Triton gives a launch an attribute."""
+
+_FORMATS = {"i32": "<i4x", "i64": "<q", "fp64": "<d"}
+
+
+def _repeatable(
+    start: Start, inputs: dict[str, torch.Tensor | None], places: _Places
+) -> _Repeatable:
+    """Describe a start to the extension.
+
+    Inputs go by the names that the kernels have for them, since one tensor may be two of them.
+
+    Raises:
+        _NotRepeatable: It takes more than a function, a grid and arguments, or reads a copy.
+    """
+    metadata = start.compiled.metadata
+    if metadata.global_scratch_size or metadata.profile_scratch_size:
+        raise _NotRepeatable
+    if metadata.num_ctas != 1 or metadata.launch_cooperative_grid or metadata.launch_pdl:
+        raise _NotRepeatable
+    if metadata.shared > _MOST_SHARED:
+        raise _NotRepeatable
+    names = list(inputs)
+    arguments: list[tuple[int, int]] = []
+    signature = start.compiled.src.signature.items()
+    for (name, kind), argument in zip(signature, start.arguments, strict=False):
+        tensor = name.removesuffix("_ptr")
+        if kind == "constexpr":
+            continue
+        if not kind.startswith("*"):
+            arguments.append((-1, int.from_bytes(struct.pack(_FORMATS[kind], argument), "little")))
+        elif (address := argument.data_ptr()) in places:
+            arguments.append(places[address])
+        elif (given := inputs.get(tensor)) is not None and given.data_ptr() == address:
+            arguments.append((names.index(tensor), 0))
+        else:
+            raise _NotRepeatable
+    arguments += [(-1, 0)] * 2  # Triton's own scratch, global and of its profiler
+    return _Repeatable(
+        start.compiled.function,
+        start.compiled.name,
+        start.grid,
+        metadata.num_warps * metadata.warp_size,
+        metadata.shared,
+        arguments,
+    )

@@ -297,25 +297,46 @@ struct Plan {
   int shared_bytes = 0;
 };
 
+// The shared memory of a block whose ring has so many stages: the ring and the slots of its
+// reductions, and then, in their place, its column sums.
+template <int TIER, class T, bool STREAM>
+constexpr int shared_bytes_of(int stages) {
+  constexpr Tier tier = backward_tiers[TIER];
+  constexpr int slots = 4 * Group<tier.threads>::warps * sizeof(float);
+  constexpr int partials = tier.groups() * 2 * tier.cols() * int(sizeof(float));
+  return std::max(stages * Ring<TIER, T, STREAM>::stage_bytes + slots, partials);
+}
+
 template <int TIER, class T, bool STREAM>
 Plan plan_of(int64_t rows, int cluster, bool folds, const Processors& device) {
   constexpr Tier tier = backward_tiers[TIER];
-  constexpr int stage_bytes = Ring<TIER, T, STREAM>::stage_bytes;
-  constexpr int slots = 4 * Group<tier.threads>::warps * sizeof(float);
-  constexpr int partials = tier.groups() * 2 * tier.cols() * int(sizeof(float));
   Plan plan;
   plan.split = cluster > 1;
   plan.cluster = plan.split ? cluster : folds && device.have_clusters ? fold : 1;
-  const int room = device.shared_bytes / backward_blocks(tier) - 1024 - slots;  // 1 KB is CUDA's
-  plan.stages = std::min(room / stage_bytes, max_stages);
-  plan.shared_bytes = std::max(plan.stages * stage_bytes + slots, partials);
+  const auto has_room = [&](int blocks, int stages) {  // 1 KB of each block is CUDA's
+    return shared_bytes_of<TIER, T, STREAM>(stages) <= device.shared_bytes / blocks - 1024;
+  };
+  // With 100 KB (8.6, 8.9, 12.x) a processor has registers for more blocks than it has room for.
+  int blocks = backward_blocks(tier);
+  while (blocks > 1 && !has_room(blocks, 1)) --blocks;
+  plan.stages = 1;
+  while (plan.stages < max_stages && has_room(blocks, plan.stages + 1)) ++plan.stages;
+  plan.shared_bytes = shared_bytes_of<TIER, T, STREAM>(plan.stages);
   const int64_t groups = tier.groups() * (plan.split ? 1 : plan.cluster);  // of a cluster
-  const int64_t resident = int64_t(device.count) * backward_blocks(tier) / plan.cluster;
+  const int64_t resident = int64_t(device.count) * blocks / plan.cluster;
   const int64_t wanted = divide_up(rows, rows_per_group * groups);
   const int64_t clusters = std::max<int64_t>(std::min(wanted, resident), 1);
   plan.rows_of_a_group = int(divide_up(rows, clusters * groups));
   plan.clusters = divide_up(rows, plan.rows_of_a_group * groups);
   return plan;
+}
+
+// The last tier that the device has room for, whatever the dtype and the terms.
+int last_tier(const Processors& device) {
+  constexpr int last = count_of_backward_tiers - 1;
+  constexpr int needed = shared_bytes_of<last, float, true>(1);
+  return device.have_clusters && needed <= device.shared_bytes - 1024 ? last
+                                                                      : first_shared_backward;
 }
 
 // Calls f(tier, T, W, STREAM, plan), all but the last as types.
@@ -325,7 +346,7 @@ const char* with_plan(int64_t rows, int64_t cols, DType dtype, DType parameters,
   Processors device;
   if (const char* error = processors(device)) return error;
   const Shape shape = backward_shape(cols, device.have_clusters);
-  if (shape.tier < 0) return too_long;
+  if (shape.tier < 0 || shape.tier > last_tier(device)) return too_long;
   return with_types(dtype, parameters, [&](auto t, auto w) {
     return with_tier<count_of_backward_tiers>(shape.tier, [&](auto tier) {
       const auto call = [&](auto stream) {
@@ -345,8 +366,7 @@ const char* widest_rows(int64_t& forward, int64_t& backward) {
   if (const char* error = processors(device)) return error;
   const int cluster = device.have_clusters ? max_cluster : 1;
   forward = int64_t(forward_tiers[first_shared_forward].cols()) * cluster;
-  const int last = device.have_clusters ? count_of_backward_tiers - 1 : first_shared_backward;
-  backward = int64_t(backward_tiers[last].cols()) * cluster;
+  backward = int64_t(backward_tiers[last_tier(device)].cols()) * cluster;
   return nullptr;
 }
 

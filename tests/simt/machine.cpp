@@ -488,9 +488,10 @@ const char* run(const std::vector<Buffer>& buffers, const Launch& how,
   return nullptr;
 }
 
-// Chooses the device that the kernels find: sm_90 where it has clusters, sm_80 otherwise.
-extern "C" void simt_device(int count, bool have_clusters) {
-  device_in_use = {count, (have_clusters ? 228 : 164) << 10, have_clusters};
+// Chooses the device that the kernels find: 9.0 has 228 KB and clusters, 8.0 has 164 KB, 8.6 and
+// 8.9 have 100 KB, and so has 12.0 with clusters.
+extern "C" void simt_device(int count, int shared_kilobytes, bool have_clusters) {
+  device_in_use = {count, shared_kilobytes << 10, have_clusters};
 }
 
 }  // namespace fusednorm::cuda::simt

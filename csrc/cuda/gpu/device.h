@@ -240,9 +240,13 @@ struct Processors {
   bool have_clusters;  // and dependent launches
 };
 
+// Runs nowhere: its code says for what the kernels beside it were compiled.
+static __global__ void code_in_use() {}
+
 // Of the device in use.
 inline const char* processors(Processors& found) {
   int device = 0, major = 0;
+  cudaFuncAttributes code = {};
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess)
     error = cudaDeviceGetAttribute(&found.count, cudaDevAttrMultiProcessorCount, device);
@@ -251,7 +255,11 @@ inline const char* processors(Processors& found) {
                                    device);
   if (error == cudaSuccess)
     error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  found.have_clusters = major >= 9;
+  if (error == cudaSuccess)
+    error = cudaFuncGetAttributes(&code, reinterpret_cast<const void*>(code_in_use));
+  // PTX for 8.0 that the driver compiled for a later device has no clusters in it and waits for no
+  // kernel before.
+  found.have_clusters = major >= 9 && code.ptxVersion >= 90;
   return error_of(error);
 }
 

@@ -23,8 +23,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -33,7 +32,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from fusednorm.spec import compute_dtype
-from fusednorm.triton_kernels import backward, config, forward, launch
+from fusednorm.triton_kernels import backward, forward, launch
 from fusednorm.triton_kernels.config import (
     VECTOR_BYTES,
     Architecture,
@@ -185,50 +184,6 @@ def rungs(
     return list(distinct.values())
 
 
-_TIERS = {"forward": config.FORWARD_TIERS, "backward": config.BACKWARD_TIERS}
-
-
-def resident_rungs(direction: str, itemsize: int) -> list[int]:
-    """Return the common N whose rows stay on chip, those that a tier decides about."""
-    limit = _TIERS[direction][itemsize][-1].limit
-    return [cols for cols in rungs("sm_90", direction, itemsize, COMMON) if 64 <= cols <= limit]
-
-
-def tile(direction: str, itemsize: int, cols: int) -> config.RowTile:
-    """Return the tile that the policy chooses for an N."""
-    arch = TARGETS["sm_90"][1]
-    if direction == "forward":
-        return forward_config(cols, itemsize, arch).tile
-    return backward_config(cols, itemsize, arch, 2 * itemsize).tile
-
-
-def tier(direction: str, itemsize: int, cols: int) -> tuple[int, int]:
-    """Return the elements and rows of a thread that the policy chooses for an N."""
-    found = next(tier for tier in _TIERS[direction][itemsize] if cols <= tier.limit)
-    return found.per_thread, found.rows_per_thread
-
-
-@contextlib.contextmanager
-def forced_tier(direction: str, itemsize: int, share: tuple[int, int]) -> Iterator[None]:
-    """Give every row that stays on chip the same elements and rows of a thread."""
-    tiers = _TIERS[direction]
-    kept = tiers[itemsize]
-    tiers[itemsize] = (config.Tier(kept[-1].limit, *share),)
-    forward_config.cache_clear()
-    backward_config.cache_clear()
-    try:
-        yield
-    finally:
-        tiers[itemsize] = kept
-        forward_config.cache_clear()
-        backward_config.cache_clear()
-
-
-def policy_text() -> str:
-    """Return the source of the launch policy."""
-    return Path(config.__file__).read_text(encoding="utf-8")
-
-
 def jobs(full: bool) -> Iterator[Job]:
     """Yield every rung for every target, or a selection that the test suite has time for."""
     for arch in TARGETS:
@@ -375,9 +330,7 @@ def _call_launcher(job: Job) -> None:
     if job.kind == "forward":
         forward.layer_norm_fwd(
             *(x, residual, gate, weight, bias, scale, shift, seed),
-            *(shape, 1e-5, terms.rms, dropout_p, dtype, stream, None),
-            save_stats=True,
-            store_h=True,
+            *(shape, 1e-5, terms.rms, dropout_p, dtype, stream, None, True, True),
         )
         return
     stats = meta(rows, dtype=compute_dtype(dtype))
@@ -766,8 +719,13 @@ def row(entry: dict[str, Any]) -> str:
     return f"{line}  {'; '.join(complaints(entry))}".rstrip()
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of the report."""
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Return the options of the report."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench codegen",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--full", action="store_true", help="every rung, not the suite's selection")
     parser.add_argument("--arch", action="append", choices=TARGETS)
     parser.add_argument("--kind", action="append", choices=KINDS)
@@ -775,10 +733,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cols", action="append", type=int)
     parser.add_argument("--terms", action="append", choices=TERMS)
     parser.add_argument("--json", action="store_true", help="print JSON")
+    return parser.parse_args(arguments)
 
 
-def main(args: argparse.Namespace) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Print the report."""
+    args = parse(arguments)
     if triton.knobs.runtime.interpret:
         raise ValueError("unset TRITON_INTERPRET: interpreted kernels have no machine code")
     work = [
@@ -801,3 +761,7 @@ def main(args: argparse.Namespace) -> int:
     print(f"\n{len(weak)} of {len(entries)} kernels will not saturate the memory; they are those")
     print("with a remark at the end of their line.")
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

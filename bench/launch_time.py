@@ -1,0 +1,120 @@
+"""Host time of a call on its way to a GPU that is not there (tests/fake_gpu), interleaved.
+
+Triton compiles for compute capability 9.0 and its launcher, or that of the extension, starts
+nothing: what is left is what the host does.
+
+    python bench/launch_time.py
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import median
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+import fake_gpu
+
+import fusednorm
+from fusednorm import backends
+from fusednorm.triton_kernels import launch
+
+ROUNDS, CALLS = 60, 20
+ROWS, COLS = 64, 1024
+WAYS = ("triton", "python", "extension")
+
+
+def start_by_triton(
+    kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
+) -> None:
+    """Start a kernel as Triton's documentation does it, binding its arguments each time."""
+    kernel[grid](*arguments, **constants)
+
+
+@contextlib.contextmanager
+def going(way: str) -> Iterator[None]:
+    """Let kernels be started by Triton alone, by our Python, or by the extension."""
+    native = way == "extension" and launch._C is not None
+    start = start_by_triton if way == "triton" else launch.start
+    with fake_gpu.serving(native=native), mock.patch.object(launch, "start", start):
+        yield
+
+
+def steps() -> dict[str, Callable[[], object]]:
+    """Return what to measure: each norm without a gradient, forward, and forward and backward."""
+    x, residual, dy = (torch.ones(ROWS, COLS, dtype=torch.bfloat16) for _ in range(3))
+    weight, bias = (torch.ones(COLS, dtype=torch.bfloat16) for _ in range(2))
+    leaves = [tensor.requires_grad_() for tensor in (x, residual, weight, bias)]
+
+    def layer_norm() -> Tensor:
+        return fusednorm.layer_norm(x, (COLS,), weight, bias)
+
+    def add_norm() -> tuple[Tensor, Tensor]:
+        return fusednorm.add_layer_norm(x, residual, (COLS,), weight, bias)
+
+    def no_grad(norm: Callable[[], object]) -> object:
+        with torch.no_grad():
+            return norm()
+
+    def both(norm: Callable[[], object]) -> object:
+        outputs = norm()
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        wanted = leaves if len(outputs) > 1 else [x, weight, bias]
+        return torch.autograd.grad(outputs, wanted, (dy,) * len(outputs))
+
+    return {
+        f"{norm.__name__} {name}": step
+        for norm in (layer_norm, add_norm)
+        for name, step in (
+            ("no_grad", lambda norm=norm: no_grad(norm)),
+            ("forward", norm),
+            ("forward and backward", lambda norm=norm: both(norm)),
+        )
+    }
+
+
+def seconds_per_call(step: Callable[[], object]) -> float:
+    """Return the mean of one round, in time of this thread alone."""
+    start = time.thread_time()
+    for _ in range(CALLS):
+        step()
+    return (time.thread_time() - start) / CALLS
+
+
+def main() -> None:
+    """Print the median of each step each way."""
+    torch.set_num_threads(1)
+    times: dict[tuple[str, str], list[float]] = {}
+    with (
+        mock.patch.object(backends, "_triton_unfit", lambda device: None),
+        mock.patch.object(backends, "_interpreted", lambda: False),
+        backends.use("triton"),
+    ):
+        for _ in range(ROUNDS + 2):
+            for name, step in steps().items():
+                for way in WAYS:
+                    with going(way):
+                        times.setdefault((name, way), []).append(seconds_per_call(step))
+    print(f"triton {triton.__version__}, torch {torch.__version__}: medians, and of triton's")
+    print(f"{'':34}" + "".join(f"{way:>20}" for way in WAYS))
+    for name in steps():
+        print(f"{name:34}", end="")
+        for way in WAYS:
+            rounds = list(zip(times[name, way], times[name, "triton"], strict=True))[2:]
+            ratio = median(own / theirs for own, theirs in rounds)
+            print(f"{median(own for own, _ in rounds) * 1e6:10.1f} us {ratio:6.2f}", end="")
+        print()
+
+
+if __name__ == "__main__":
+    main()

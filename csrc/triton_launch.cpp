@@ -1,0 +1,276 @@
+#include "triton_launch.h"
+
+#include <dlfcn.h>
+
+#include <cstring>
+#include <initializer_list>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <unordered_map>
+
+#include "tensors.h"
+
+namespace fusednorm {
+namespace {
+
+// As much of CUDA's driver as a launch takes, from the library that this process has.
+struct Driver {
+  struct Config {
+    unsigned grid[3], block[3], shared;
+    void* stream;
+    void* attributes;
+    unsigned attribute_count;
+  };
+  int (*launch)(const Config*, void* function, void** arguments, void** extra);
+  int (*current_context)(void**);
+  int (*describe)(int error, const char** text);
+};
+
+const Driver& driver() {
+  static const Driver driver = [] {
+    void* const library = dlopen("libcuda.so.1", RTLD_LAZY);
+    Driver found{};
+    const auto find = [&](const char* name, auto& function) {
+      void* const symbol = library ? dlsym(library, name) : nullptr;
+      if (symbol == nullptr)
+        throw std::runtime_error(std::string("no ") + name + " in libcuda.so.1");
+      function = reinterpret_cast<std::decay_t<decltype(function)>>(symbol);
+    };
+    find("cuLaunchKernelEx", found.launch);
+    find("cuCtxGetCurrent", found.current_context);
+    find("cuGetErrorString", found.describe);
+    return found;
+  }();
+  return driver;
+}
+
+// An argument of a kernel: the pointer of that index plus `word`, or `word` where it is negative.
+// Pointers are counted in the order of the launcher's tensors, then its results, then the scratch.
+struct Argument {
+  int pointer;
+  uint64_t word;
+};
+
+struct Start {
+  void* function;
+  std::string name;
+  unsigned grid[3], threads, shared;
+  std::vector<Argument> arguments;
+};
+
+struct Plan {
+  std::vector<Start> starts;
+  int64_t scratch;  // elements of the compute dtype
+  Ref kernels;      // keeps the functions loaded
+};
+
+// All that a launcher decides by: whatever differs here may differ in what it launches.
+class Key {
+ public:
+  void put(uint64_t word) { words_[count_++] = word; }
+  void put(double value) {
+    uint64_t word;
+    std::memcpy(&word, &value, sizeof word);
+    put(word);
+  }
+  // Triton compiles by whether there is a pointer, its dtype, and whether it is aligned.
+  void pointer(const void* pointer, DType dtype = DType::none) {
+    const uint64_t aligned = reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
+    put(pointer ? uint64_t(dtype) << 2 | aligned << 1 | 1 : uint64_t(0));
+  }
+  void put(const Rows& rows) {
+    pointer(rows.data, rows.dtype);
+    put(uint64_t(rows.stride));
+  }
+  void put(const Term& term) {
+    pointer(term.data, term.dtype);
+    put(uint64_t(term.stride) << 1 | uint64_t(term.is_number));
+  }
+  void put(const Problem& p) {
+    for (int64_t size : {p.rows, p.cols, p.rows_per_sample}) put(uint64_t(size));
+    put(uint64_t(p.rms) << 16 | uint64_t(p.compute) << 8 | uint64_t(p.x_hat_dtype));
+    pointer(p.dropout.seed);
+    put(uint64_t(p.dropout.drop_below));
+    put(p.dropout.inverse_keep);
+    for (const Term* term : {&p.gate, &p.weight, &p.bias, &p.scale}) put(*term);
+  }
+
+  std::string str() const {
+    return std::string(reinterpret_cast<const char*>(words_), count_ * sizeof *words_);
+  }
+
+ private:
+  uint64_t words_[64];
+  size_t count_ = 0;
+};
+
+using Plans = std::unordered_map<std::string, std::shared_ptr<const Plan>>;
+
+// As many as a process of variable batches may need at a time; a plan is about a kilobyte.
+constexpr size_t MOST_PLANS = 4096;
+
+Plans& plans() {
+  static Plans& plans = *new Plans;  // as names()
+  return plans;
+}
+
+// The plan for a key; null where there is none, or on a thread that Triton has to prepare.
+std::shared_ptr<const Plan> find(const std::string& key) {
+  const auto found = plans().find(key);
+  if (found == plans().end()) return nullptr;
+  void* context = nullptr;
+  if (driver().current_context(&context) != 0 || context == nullptr) return nullptr;
+  return found->second;
+}
+
+void start(const Start& s, const void* const* pointers, void* stream) {
+  std::vector<uint64_t> words(s.arguments.size());
+  std::vector<void*> addresses(s.arguments.size());
+  for (size_t i = 0; i < words.size(); ++i) {
+    const Argument& argument = s.arguments[i];
+    words[i] = argument.word;
+    if (argument.pointer >= 0) words[i] += reinterpret_cast<uintptr_t>(pointers[argument.pointer]);
+    addresses[i] = &words[i];
+  }
+  const Driver::Config config{
+      {s.grid[0], s.grid[1], s.grid[2]}, {s.threads, 1, 1}, s.shared, stream, nullptr, 0};
+  const int error = driver().launch(&config, s.function, addresses.data(), nullptr);
+  if (error == 0) return;
+  const char* text = nullptr;
+  driver().describe(error, &text);
+  const auto size = [&](int i) { return std::to_string(s.grid[i]); };
+  throw std::runtime_error(s.name + ": expected the driver to launch a grid of (" + size(0) + ", " +
+                           size(1) + ", " + size(2) + "), got " +
+                           (text ? text : "error " + std::to_string(error)));
+}
+
+// Repeats the plan of a key, if there is one. Returns what the launcher returns, or the key.
+template <class Call, size_t COUNT>
+PyObject* repeat(const Call& call, const Key& key, const void* (&pointers)[COUNT], PyObject* like,
+                 PyObject* stream_address) {
+  const std::string words = key.str();
+  const std::shared_ptr<const Plan> plan = find(words);
+  if (!plan) return PyBytes_FromStringAndSize(words.data(), Py_ssize_t(words.size()));
+  void* const stream = PyLong_AsVoidPtr(stream_address);
+  Ref scratch;
+  if (plan->scratch > 0) {
+    const Ref shape(Py_BuildValue("(L)", static_cast<long long>(plan->scratch)));
+    scratch = new_empty(like, shape, call.p.compute);
+    pointers[COUNT - 1] = address(scratch.get());
+  }
+  {
+    const WithoutGil released;
+    for (const Start& s : plan->starts) start(s, pointers, stream);
+  }
+  return call.outputs();
+}
+
+// triton_forward(device, stream, ..)
+PyObject* forward(PyObject*, PyObject* const* arguments, Py_ssize_t) {
+  return call([&]() -> PyObject* {
+    const ForwardCall call(arguments + 2);
+    if (call.is_empty()) return call.outputs();
+    const Forward& p = call.p;
+    Key key;
+    key.put(uint64_t(integer(arguments[0])) << 1);
+    key.put(static_cast<const Problem&>(p));
+    key.put(p.eps);
+    key.put(p.shift);
+    key.put(uint64_t(p.h_dtype));
+    for (const Rows* rows : {&p.x, &p.residual, &p.z, &p.h}) key.put(*rows);
+    for (const void* pointer : {p.mean, p.rstd}) key.pointer(pointer);
+    const void* pointers[] = {p.x.data,    p.residual.data, p.gate.data,  p.weight.data,
+                              p.bias.data, p.scale.data,    p.shift.data, p.dropout.seed,
+                              p.z.data,    p.h.data,        p.mean,       p.rstd,
+                              nullptr};
+    return repeat(call, key, pointers, arguments[2], arguments[1]);
+  });
+}
+
+// triton_backward(device, stream, ..)
+PyObject* backward(PyObject*, PyObject* const* arguments, Py_ssize_t) {
+  return call([&]() -> PyObject* {
+    BackwardCall<Backward> call(arguments + 2);
+    if (call.is_empty()) return call.outputs();
+    const Backward& p = call.p;
+    const Term dgate = call.dgate(), dweight = call.dweight(), dbias = call.dbias(),
+               dscale = call.dscale(), dshift = call.dshift();
+    Key key;
+    key.put(uint64_t(integer(arguments[0])) << 1 | 1);
+    key.put(static_cast<const Problem&>(p));
+    for (const Rows* rows : {&p.dz, &p.dh, &p.x, &p.h, &p.dx, &p.dresidual}) key.put(*rows);
+    for (const void* pointer : {p.mean, p.rstd}) key.pointer(pointer);
+    for (const Term* gradient : {&dgate, &dweight, &dbias, &dscale, &dshift}) key.put(*gradient);
+    const void* pointers[] = {p.dz.data,   p.dh.data,        p.x.data,    p.h.data,
+                              p.mean,      p.rstd,           p.gate.data, p.weight.data,
+                              p.bias.data, p.scale.data,     nullptr,     p.dropout.seed,
+                              p.dx.data,   p.dresidual.data, dgate.data,  dweight.data,
+                              dbias.data,  dscale.data,      dshift.data, nullptr};
+    return repeat(call, key, pointers, arguments[5], arguments[1]);
+  });
+}
+
+Ref element(PyObject* sequence, Py_ssize_t i) { return Ref(PySequence_GetItem(sequence, i)); }
+
+Ref field(PyObject* object, const char* name) { return Ref(PyObject_GetAttrString(object, name)); }
+
+unsigned small(const Ref& number) { return unsigned(integer(number.get())); }
+
+Start read_start(PyObject* given) {
+  Start s{};
+  s.function = PyLong_AsVoidPtr(field(given, "function").get());
+  Py_ssize_t length = 0;
+  const Ref name = field(given, "name");
+  const char* const text = PyUnicode_AsUTF8AndSize(name.get(), &length);
+  if (text == nullptr) throw Raised{};
+  s.name.assign(text, size_t(length));
+  const Ref grid = field(given, "grid"), arguments = field(given, "arguments");
+  for (int i = 0; i < 3; ++i) s.grid[i] = small(element(grid.get(), i));
+  s.threads = small(field(given, "threads"));
+  s.shared = small(field(given, "shared"));
+  for (Py_ssize_t i = 0; i < PySequence_Size(arguments.get()); ++i) {
+    const Ref argument = element(arguments.get(), i);
+    s.arguments.push_back({int(integer(element(argument.get(), 0).get())),
+                           PyLong_AsUnsignedLongLong(element(argument.get(), 1).get())});
+  }
+  if (PyErr_Occurred()) throw Raised{};
+  return s;
+}
+
+// triton_keep(key, starts, scratch, kernels)
+PyObject* keep(PyObject*, PyObject* const* arguments, Py_ssize_t) {
+  return call([&]() -> PyObject* {
+    auto plan = std::make_shared<Plan>();
+    for (Py_ssize_t i = 0; i < PySequence_Size(arguments[1]); ++i)
+      plan->starts.push_back(read_start(element(arguments[1], i).get()));
+    plan->scratch = integer(arguments[2]);
+    plan->kernels = shared(arguments[3]);
+    char* words = nullptr;
+    Py_ssize_t length = 0;
+    if (PyBytes_AsStringAndSize(arguments[0], &words, &length) < 0) throw Raised{};
+    if (plans().size() >= MOST_PLANS) plans().clear();
+    plans()[std::string(words, size_t(length))] = std::move(plan);
+    Py_RETURN_NONE;
+  });
+}
+
+PyObject* forget(PyObject*, PyObject*) {
+  plans().clear();
+  Py_RETURN_NONE;
+}
+
+}  // namespace
+
+PyMethodDef triton_methods[] = {
+    {"triton_forward", fast(forward), METH_FASTCALL,
+     "Repeat a forward; see fusednorm/triton_kernels/launch.py."},
+    {"triton_backward", fast(backward), METH_FASTCALL,
+     "Repeat a backward; see fusednorm/triton_kernels/launch.py."},
+    {"triton_keep", fast(keep), METH_FASTCALL,
+     "triton_keep(key, starts, scratch, kernels): what to repeat from now on."},
+    {"triton_forget", forget, METH_NOARGS, "Forget all that was kept."},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+}  // namespace fusednorm

@@ -1,0 +1,204 @@
+"""`python -m fusednorm coverage TARGET..`: what `replace_norms` does with the norms of models.
+
+A target is `MODULE:CALLABLE`, which is called without arguments for a model, or one of
+
+    transformers  transformers:MODEL_TYPE   with few layers and small sizes where its config allows
+    timm          timm:MODEL
+    diffusers     diffusers:CLASS
+
+of which the first in each line stands for all that the library has. Models are made on the meta
+device: no weight is loaded, and nothing runs but the probe.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import inspect
+import re
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any, TypeAlias
+
+import torch
+from torch import nn
+
+from fusednorm._version import __version__
+from fusednorm.arithmetic import Probed, Swap
+from fusednorm.replace import Report, _replace
+
+_Build: TypeAlias = Callable[[], Any]
+
+# How norms are used: the dtypes of input and weight, and the device of the autocast around it.
+_USES = {
+    "in float32": (torch.float32, torch.float32, None),
+    "in bfloat16": (torch.bfloat16, torch.bfloat16, None),
+    "bfloat16 autocast on cuda, bfloat16 weights": (torch.bfloat16, torch.bfloat16, "cuda"),
+    "bfloat16 autocast on cuda, float32 weights": (torch.bfloat16, torch.float32, "cuda"),
+}
+_NORMALISES = re.compile(r"\b(layer_norm|rms_norm|rsqrt)\(")
+
+
+def main(targets: list[str]) -> int:
+    """Print a line for each model and the sums; return 1 if `replace_norms` raised."""
+    if not targets:
+        print(__doc__)
+        return 2
+    tally = _Tally()
+    for target in targets:
+        for name, build in _models(target):
+            print(f"{name:40} {tally.add(build)}", flush=True)
+    print(tally)
+    return int(tally.models["replace_norms raised"] > 0)
+
+
+class _Tally:
+    """The sums over models, and what the probe has found out so far."""
+
+    def __init__(self) -> None:
+        self.models: Counter[str] = Counter()
+        self.norms: Counter[str] = Counter()
+        self.served: Counter[str] = Counter()
+        self.reasons: Counter[str] = Counter()
+        self.unreported: Counter[str] = Counter()
+        self._probed: Probed = {}
+
+    def add(self, build: _Build) -> str:
+        """Swap the norms of a model; return what to say about it."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                with torch.device("meta"):
+                    model = build()
+            except Exception as error:
+                self.models["not built"] += 1
+                return f"not built: {type(error).__name__}: {error}".splitlines()[0][:100]
+            self.models["built"] += 1
+            before = {name: type(module) for name, module in model.named_modules()}
+            try:
+                report = _replace(model, None, None, self._probed)
+            except Exception as error:
+                self.models["replace_norms raised"] += 1
+                return f"RAISED {type(error).__name__}: {error}"
+        left = self._left(model, report)
+        if report.swapped or left:
+            self.models["with norms"] += 1
+            self.models["with all norms swapped"] += not left
+        for name in report.swapped:
+            self._serve(type(dict(model.named_modules(remove_duplicate=False))[name]))
+        self._unreported(model, report, before)
+        return f"{len(report.swapped):4} swapped, {left:4} left"
+
+    def _left(self, model: nn.Module, report: Report) -> int:
+        """Count what was left by reason, containers apart, and return how many norms that is."""
+        left = 0
+        for name, reason in report.left:
+            cls = type(model.get_submodule(name)).__name__
+            if "of the norms within it" in reason:
+                self.norms["modules around norms"] += 1
+                continue
+            left += 1
+            self.reasons[f"{cls}: {reason.rpartition(': ')[2]}"] += 1
+        self.norms["swapped"] += len(report.swapped)
+        self.norms["left"] += left
+        return left
+
+    def _serve(self, cls: type[nn.Module]) -> None:
+        """Count the uses in which a swapped norm is run fused: all of them for torch's own."""
+        swap: Swap | None = getattr(cls, "_fusednorm_swap", None)
+        for use, (dtype, weight, autocast) in _USES.items():
+            mix = (dtype, weight if swap is None or swap.held.weight else None)
+            known = swap is None or (
+                mix in dict(swap.rules) if autocast is None else (autocast, mix) in dict(swap.autocast)
+            )
+            self.served[use] += known
+
+    def _unreported(self, model: nn.Module, report: Report, classes: dict[str, type]) -> None:
+        """Count the classes whose forward normalises and that the report does not have."""
+        known = {*report.swapped, *dict(report.left)}
+        for name, cls in classes.items():
+            if name not in known and not cls.__module__.startswith("torch."):
+                try:
+                    source = inspect.getsource(cls.forward)  # type: ignore[attr-defined]
+                except (AttributeError, OSError, TypeError):
+                    continue
+                if _NORMALISES.search(source):
+                    self.unreported[f"{cls.__module__}.{cls.__qualname__}"] += 1
+
+    def __str__(self) -> str:
+        """Return the sums."""
+        rows = [f"\nfusednorm {__version__}, torch {torch.__version__}", ""]
+        rows += [f"{count:7} models {what}" for what, count in self.models.items()]
+        rows += [f"{count:7} norms {what}" for what, count in self.norms.items()]
+        rows += ["", "Of those swapped, run fused:"]
+        rows += [f"{count:7} {use}" for use, count in self.served.items()]
+        rows += ["", "Left, by class and reason:"]
+        rows += [f"{count:7} {reason}" for reason, count in self.reasons.most_common()]
+        rows += ["", "Forwards that normalise on the way, in modules that are no norms:"]
+        rows += [f"{count:7} {name}" for name, count in self.unreported.most_common()]
+        return "\n".join(rows)
+
+
+def _models(target: str) -> Iterator[tuple[str, _Build]]:
+    """Yield the models that a target stands for."""
+    library, _, name = target.partition(":")
+    builders = {"transformers": _transformers, "timm": _timm, "diffusers": _diffusers}
+    if library in builders:
+        print(f"{library} {importlib.metadata.version(library)}")
+        yield from builders[library](name)
+    else:
+        yield target, getattr(importlib.import_module(library), name)
+
+
+def _timm(name: str) -> Iterator[tuple[str, _Build]]:
+    timm = importlib.import_module("timm")
+    for model in [name] if name else timm.list_models():
+        yield f"timm:{model}", lambda model=model: timm.create_model(model)
+
+
+def _diffusers(name: str) -> Iterator[tuple[str, _Build]]:
+    diffusers = importlib.import_module("diffusers")
+    for model in [name] if name else sorted(dir(importlib.import_module("diffusers.models"))):
+        cls = getattr(diffusers, model, None)
+        if isinstance(cls, type) and issubclass(cls, nn.Module):
+            names = inspect.signature(cls.__init__).parameters
+            few = {key: 1 for key in names if key in ("num_layers", "num_single_layers")}
+            yield f"diffusers:{model}", lambda cls=cls, few=few: cls(**few)
+
+
+def _transformers(name: str) -> Iterator[tuple[str, _Build]]:
+    auto = importlib.import_module("transformers.models.auto")
+    for model in [name] if name else sorted(auto.CONFIG_MAPPING.keys()):
+
+        def build(model: str = model) -> Any:
+            config = auto.CONFIG_MAPPING[model]
+            try:
+                return auto.AutoModel.from_config(_small(config(), {**_FEW, **_NARROW}))
+            except Exception:  # sizes that do not fit together
+                return auto.AutoModel.from_config(_small(config(), _FEW))
+
+        yield f"transformers:{model}", build
+
+
+_FEW = dict.fromkeys(
+    ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers"), 2
+)
+_NARROW = {
+    **dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "embed_dim"), 64),
+    **dict.fromkeys(("intermediate_size", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim"), 64),
+    **dict.fromkeys(("num_attention_heads", "n_head", "num_key_value_heads", "n_heads"), 4),
+    **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 4),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 4),
+    "head_dim": 16,
+}
+
+
+def _small(config: Any, sizes: dict[str, int]) -> Any:
+    """Return a config of transformers, and those within it, with other sizes."""
+    for key, value in vars(config).items():
+        if type(value) is int and key in sizes:
+            setattr(config, key, sizes[key])
+        elif hasattr(value, "model_type"):
+            _small(value, sizes)
+    return config

@@ -1,0 +1,440 @@
+"""`fusednorm.arithmetic`: the probe tries all that the forward of a norm may branch on.
+
+Each of these norms computes what Llama's does, except in one circumstance. A call in that
+circumstance has the result of the norm's own forward, whatever became of the norm.
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fusednorm import arithmetic, backends
+from fusednorm.replace import replace_norms
+
+
+@pytest.fixture(autouse=True)
+def torch_backend() -> Iterator[None]:
+    """Run torch's own operators, except where a test forces the kernels."""
+    with backends.use("torch"):
+        yield
+
+
+@pytest.fixture
+def calls(monkeypatch) -> list[torch.dtype]:
+    """The dtypes of the inputs that are run fused, in order."""
+    fused, seen = arithmetic._norm, []
+
+    def spy(op, x, *args, **kwargs):
+        seen.append(x.dtype)
+        return fused(op, x, *args, **kwargs)
+
+    monkeypatch.setattr(arithmetic, "_norm", spy)
+    return seen
+
+
+class PlainRMSNorm(nn.Module):
+    def __init__(self, size=6, eps=0.01):
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(-0.5, 1.5, size))
+        self.eps = eps
+
+    def forward(self, x):
+        h = x.float()
+        h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * h.to(x.dtype)
+
+
+class Case(NamedTuple):
+    """When a norm computes something else, and a call in which it does."""
+
+    differs: Callable[[nn.Module, Tensor], Any]
+    x: Callable[[], Tensor] = lambda: torch.randn(2, 3, 6)
+    around: Callable[[], Any] = torch.no_grad
+    training: bool = True
+    size: int = 6
+    dtype: torch.dtype = torch.float32
+    change: Callable[[nn.Module], Any] = lambda norm: None
+
+
+class BranchingRMSNorm(PlainRMSNorm):
+    case: Case
+
+    def forward(self, x):
+        y = super().forward(x)
+        return y[..., :1] + 1 if bool(self.case.differs(self, x)) else y
+
+
+def row(*values: float) -> Callable[[], Tensor]:
+    """Rows that begin with some values."""
+
+    def make() -> Tensor:
+        x = torch.ones(2, 3, 6)
+        x[..., : len(values)] = torch.tensor(values)
+        return x
+
+    return make
+
+
+def of(*shape: int) -> Callable[[], Tensor]:
+    return lambda: torch.randn(*shape)
+
+
+def set_weight(value: float) -> Callable[[nn.Module], Any]:
+    return lambda norm: norm.weight.data.fill_(value)
+
+
+CASES = {
+    "rank 1": Case(lambda n, x: x.dim() == 1, of(6)),
+    "rank 2": Case(lambda n, x: x.dim() == 2, of(4, 6)),
+    "rank 3": Case(lambda n, x: x.dim() == 3),
+    "rank 4": Case(lambda n, x: x.dim() == 4, of(2, 3, 5, 6)),
+    "rank 5": Case(lambda n, x: x.dim() == 5, of(2, 1, 3, 5, 6)),
+    "training": Case(lambda n, x: n.training),
+    "evaluation": Case(lambda n, x: not n.training, training=False),
+    "gradients": Case(lambda n, x: torch.is_grad_enabled(), around=nullcontext),
+    "no gradients": Case(lambda n, x: not torch.is_grad_enabled()),
+    "inference": Case(lambda n, x: torch.is_inference_mode_enabled(), around=torch.inference_mode),
+    "an input that needs a gradient": Case(
+        lambda n, x: x.requires_grad, lambda: torch.randn(2, 6).requires_grad_()
+    ),
+    "a frozen weight": Case(
+        lambda n, x: not n.weight.requires_grad, change=lambda n: n.requires_grad_(False)
+    ),
+    "a weight that needs a gradient": Case(lambda n, x: n.weight.requires_grad),
+    "a strided input": Case(
+        lambda n, x: not x.is_contiguous(), lambda: torch.randn(2, 6, 3).transpose(1, 2)
+    ),
+    "channels last": Case(
+        lambda n, x: x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last),
+        lambda: torch.randn(2, 3, 4, 6).contiguous(memory_format=torch.channels_last),
+    ),
+    "one row": Case(lambda n, x: x.numel() == 6, of(1, 1, 6)),
+    "no rows": Case(lambda n, x: x.numel() == 0, of(0, 4, 6)),
+    "a square": Case(lambda n, x: x.dim() > 1 and x.shape[-2] == x.shape[-1], of(2, 6, 6)),
+    "a large square": Case(
+        lambda n, x: x.dim() > 1 and x.shape[-2] == x.shape[-1], of(2, 96, 96), size=96
+    ),
+    "as many channels as columns": Case(
+        lambda n, x: x.dim() == 4 and x.shape[1] == x.shape[-1] != x.shape[-2], of(2, 6, 3, 6)
+    ),
+    "as many samples as columns": Case(
+        lambda n, x: x.dim() > 2 and x.shape[0] == x.shape[-1], of(6, 3, 6)
+    ),
+    "all lengths equal": Case(
+        lambda n, x: x.dim() == 3 and len(set(x.shape)) == 1, of(6, 6, 6)
+    ),
+    "zeros": Case(lambda n, x: (x == 0).all(-1).any(), lambda: torch.zeros(2, 6)),
+    "a constant": Case(lambda n, x: x.numel() and (x == x[..., :1]).all(-1).any(), row()),
+    "one large column": Case(lambda n, x: (x.abs() > 5e4).any(), row(5.5e4)),
+    "above float16": Case(lambda n, x: (x.abs() > 1e6).any(), row(1e7)),
+    "huge": Case(lambda n, x: (x.abs() > 1e14).any(), row(1e16)),
+    "an overflow": Case(lambda n, x: (x.abs() > 1e25).any(), row(1e30)),
+    "tiny": Case(
+        lambda n, x: x.numel() and (x.abs().amax(-1) < 1e-25).any(), lambda: row()() * 1e-30
+    ),
+    "infinity": Case(lambda n, x: (x == torch.inf).any(), row(torch.inf)),
+    "minus infinity": Case(lambda n, x: (x == -torch.inf).any(), row(-torch.inf)),
+    "nan": Case(lambda n, x: x.isnan().any(), row(torch.nan)),
+    "a large x_hat": Case(
+        lambda n, x: (x.abs() > 9 * x.abs().mean(-1, keepdim=True)).any(),
+        lambda: torch.eye(96)[:2],
+        size=96,
+    ),
+    "a large weight": Case(lambda n, x: (n.weight > 1e4).any(), change=set_weight(1e5)),
+    "a small weight": Case(
+        lambda n, x: ((n.weight.abs() < 1e-5) & (n.weight != 0)).any(), change=set_weight(1e-7)
+    ),
+    "a weight of 0": Case(lambda n, x: (n.weight == 0).any(), change=set_weight(0.0)),
+    "an infinite weight": Case(lambda n, x: n.weight.isinf().any(), change=set_weight(torch.inf)),
+    "a weight of nan": Case(lambda n, x: n.weight.isnan().any(), change=set_weight(torch.nan)),
+    "another epsilon": Case(
+        lambda n, x: n.eps > 0.1, change=lambda n: setattr(n, "eps", 0.5)
+    ),
+    "bfloat16": Case(lambda n, x: x.dtype == torch.bfloat16, dtype=torch.bfloat16),
+    "bfloat16 in training": Case(
+        lambda n, x: x.dtype == torch.bfloat16 and n.training, dtype=torch.bfloat16
+    ),
+    "float16 without gradients": Case(
+        lambda n, x: x.dtype == torch.float16 and not torch.is_grad_enabled(), dtype=torch.float16
+    ),
+    "autocast": Case(
+        lambda n, x: torch.is_autocast_enabled("cpu"),
+        around=lambda: torch.autocast("cpu", torch.bfloat16),
+    ),
+    "autocast to float16": Case(
+        lambda n, x: torch.is_autocast_enabled("cpu")
+        and torch.get_autocast_dtype("cpu") == torch.float16,
+        around=lambda: torch.autocast("cpu", torch.float16),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_what_a_forward_may_branch_on_is_left_to_it(case):
+    norm = BranchingRMSNorm(case.size)
+    norm.case = case
+    untouched, x = copy.deepcopy(norm), case.x().to(case.dtype)
+    replace_norms(norm)
+    for module in (norm, untouched):
+        module.train(case.training).to(case.dtype)
+        case.change(module)
+    with case.around():
+        assert bool(case.differs(untouched, x))
+        y, expected = norm(x), untouched(x)
+    torch.testing.assert_close(y, expected, equal_nan=True)
+
+
+def test_without_a_branch_it_is_run_fused(calls):
+    replace_norms(norm := PlainRMSNorm())
+    for case in CASES.values():
+        if case.size == 6:
+            with case.around():
+                norm(case.x())
+    ranks = [case.x().dim() for case in CASES.values() if case.size == 6]
+    assert len(calls) == sum(rank < 5 for rank in ranks)
+
+
+class FirstBatchRMSNorm(PlainRMSNorm):
+    """Its statistics are those of the first sample."""
+
+    def forward(self, x):
+        h = x.float()
+        return self.weight * (h * torch.rsqrt(h[:1].square().mean(-1, keepdim=True) + self.eps))
+
+
+class OtherAxisRMSNorm(PlainRMSNorm):
+    """That of a channel for images, of a column for all else."""
+
+    def forward(self, x):
+        axis = 1 if x.dim() == 4 else -1
+        h = x.float() * torch.rsqrt(x.float().square().mean(axis, keepdim=True) + self.eps)
+        return h * (self.weight[:, None, None] if axis == 1 else self.weight)
+
+
+class DetachedRMSNorm(PlainRMSNorm):
+    """Its statistics are constants to autograd."""
+
+    def forward(self, x):
+        rstd = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * (x.float() * rstd.detach()).to(x.dtype)
+
+
+class FrozenWeightRMSNorm(PlainRMSNorm):
+    def forward(self, x):
+        h = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.eps)
+        return self.weight.detach() * h.to(x.dtype) + 0 * self.weight
+
+
+class DropoutRMSNorm(PlainRMSNorm):
+    def forward(self, x):
+        return F.dropout(super().forward(x), 0.5, self.training)
+
+
+class OtherEpsilonRMSNorm(PlainRMSNorm):
+    """It has two attributes of one value, and reads the second."""
+
+    def __init__(self):
+        super().__init__()
+        self.second = self.eps
+
+    def forward(self, x):
+        h = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.second)
+        return self.weight * h.to(x.dtype)
+
+
+@pytest.mark.parametrize(
+    "cls",
+    [FirstBatchRMSNorm, DetachedRMSNorm, FrozenWeightRMSNorm, DropoutRMSNorm],
+)
+def test_a_norm_of_another_arithmetic_is_left(cls):
+    replace_norms(norm := cls())
+    assert type(norm) is cls
+
+
+@pytest.mark.parametrize("size", [6, 96])
+def test_a_norm_whose_axis_depends_on_the_rank(size, calls):
+    norm = OtherAxisRMSNorm(size)
+    inputs = [torch.randn(2, size, 3, size), torch.randn(2, 3, size), torch.randn(3, size)]
+    expected = [norm(x) for x in inputs]
+    replace_norms(norm)
+    for x, y in zip(inputs, expected, strict=True):
+        torch.testing.assert_close(norm(x), y)
+    assert len(calls) == 2
+
+
+def test_the_epsilon_is_the_attribute_that_the_forward_reads():
+    norm, x = OtherEpsilonRMSNorm(), torch.randn(3, 6)
+    replace_norms(norm)
+    assert type(norm) is not OtherEpsilonRMSNorm
+    for name in ("eps", "second"):
+        setattr(norm, name, 0.7)
+        torch.testing.assert_close(norm(x), OtherEpsilonRMSNorm.forward(norm, x))
+
+
+class OptionalRMSNorm(PlainRMSNorm):
+    def __init__(self):
+        super().__init__()
+        self.factor = 1.0
+
+    def forward(self, x):
+        return self.factor * super().forward(x)
+
+
+def test_an_attribute_that_changes_after_the_swap(calls):
+    norm, x = OptionalRMSNorm(), torch.randn(3, 6)
+    replace_norms(norm)
+    norm(x)
+    assert calls == [torch.float32]
+    norm.factor = 3.0
+    torch.testing.assert_close(norm(x), OptionalRMSNorm.forward(norm, x))
+    assert calls == [torch.float32]
+
+
+class LoggingRMSNorm(PlainRMSNorm):
+    def __init__(self):
+        super().__init__()
+        self.log = []
+
+    def forward(self, x):
+        self.log.append(len(x))
+        return super().forward(x)
+
+
+class ClampingRMSNorm(PlainRMSNorm):
+    def forward(self, x):
+        self.weight.data.clamp_(-1, 1)
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("cls", [LoggingRMSNorm, ClampingRMSNorm])
+def test_effects_on_what_the_module_holds(cls):
+    norm = cls()
+    weight = norm.weight.detach().clone()
+    ((_, reason),) = replace_norms(norm).left
+    assert reason.endswith("its forward changes the module or the input")
+    assert torch.equal(norm.weight, weight)
+    assert getattr(norm, "log", []) == []
+
+
+# Layer norms, and other holders of parameters
+
+
+class CastingLayerNorm(nn.LayerNorm):
+    def forward(self, input):
+        weight, bias = self.weight.float(), self.bias.float()
+        y = F.layer_norm(input.float(), self.normalized_shape, weight, bias, self.eps)
+        return y.to(input.dtype)
+
+
+class PlainLayerNorm(nn.LayerNorm):
+    """Adds nothing."""
+
+
+class CohereLayerNorm(nn.Module):
+    def __init__(self, size=6):
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(-1, 1, size))
+        self.variance_epsilon = 1e-5
+
+    def forward(self, hidden_states):
+        h = hidden_states.float()
+        h = h - h.mean(-1, keepdim=True)
+        h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        return (self.weight.float() * h).to(hidden_states.dtype)
+
+
+class GammaBetaNorm(nn.Module):
+    """The order and the names of its parameters are its own."""
+
+    def __init__(self, size=6):
+        super().__init__()
+        self.beta = nn.Parameter(torch.linspace(-1, 2, size))
+        self.gamma = nn.Parameter(torch.linspace(-2, 1, size))
+        self.e = 1e-3
+
+    def forward(self, x):
+        return F.layer_norm(x, x.shape[-1:], eps=self.e) * (1 + self.gamma) + self.beta
+
+
+class WeightlessRMSNorm(nn.Module):
+    def __init__(self, size=6):
+        super().__init__()
+        self.eps = 1e-3
+
+    def forward(self, x):
+        return (x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + self.eps)).to(x)
+
+
+class DefaultEpsilonRMSNorm(nn.RMSNorm):
+    """Its epsilon is None."""
+
+
+class BiasedRMSNorm(PlainRMSNorm):
+    def __init__(self, size=6):
+        super().__init__(size)
+        self.shift = nn.Parameter(torch.linspace(-1, 1, size))
+
+    def forward(self, x):
+        return super().forward(x) + self.shift
+
+
+ALSO_OURS = {
+    CastingLayerNorm: (torch.float16, torch.bfloat16, torch.float32),
+    PlainLayerNorm: (torch.float16, torch.bfloat16, torch.float32),
+    CohereLayerNorm: (torch.float16, torch.bfloat16, torch.float32),
+    GammaBetaNorm: (torch.float32,),  # it rounds on the way
+    WeightlessRMSNorm: (torch.float16, torch.bfloat16, torch.float32),
+    DefaultEpsilonRMSNorm: (torch.float16, torch.bfloat16, torch.float32),
+    BiasedRMSNorm: (torch.float32,),
+}
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+@pytest.mark.parametrize(("cls", "dtypes"), ALSO_OURS.items())
+def test_other_norms_of_a_row_are_swapped(cls, dtypes, backend, calls):
+    if backend not in backends.available():
+        pytest.skip(f"the {backend} backend is not here")
+    norm = cls(64)
+    for parameter in norm.parameters():
+        nn.init.normal_(parameter)
+    original = copy.deepcopy(norm)
+    assert replace_norms(norm).swapped == ("",)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        x = torch.randn(5, 64).to(dtype)
+        with backends.use(backend):
+            y, expected = norm.to(dtype)(x), original.to(dtype)(x)
+        assert y.dtype == expected.dtype
+        eps = torch.finfo(dtype).eps
+        torch.testing.assert_close(y, expected, rtol=2 * eps, atol=16 * eps)
+    assert set(calls) == set(dtypes)
+
+
+def test_a_norm_without_a_weight_is_run_fused_at_any_size(calls):
+    replace_norms(norm := WeightlessRMSNorm())
+    for size in (1, 5, 300):
+        x = torch.randn(3, size)
+        torch.testing.assert_close(norm(x), WeightlessRMSNorm.forward(norm, x))
+    assert len(calls) == 3
+
+
+def test_a_norm_without_a_weight_that_is_made_for_one_size(calls):
+    replace_norms(norm := PlainLayerNorm(6, elementwise_affine=False))
+    assert type(norm) is not PlainLayerNorm
+    torch.testing.assert_close(norm(x := torch.randn(3, 6)), F.layer_norm(x, (6,)))
+    with pytest.raises(RuntimeError, match="normalized_shape"):
+        norm(torch.randn(3, 5))
+    assert len(calls) == 1
+
+
+def test_a_jagged_input_is_left_to_the_norm(calls):
+    norm = PlainLayerNorm(8)
+    replace_norms(norm)
+    x = torch.nested.nested_tensor([torch.randn(2, 8), torch.randn(3, 8)], layout=torch.jagged)
+    assert norm(x).layout is torch.jagged
+    assert calls == []
