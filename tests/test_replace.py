@@ -912,7 +912,10 @@ LEFT = {
         )
     },
     "small epsilon": (EpsilonOutsideRMSNorm(6, 1e-6), "its arithmetic is none that fusednorm has"),
-    "instance forward": (with_forward_on_the_instance(), "replaced on the instance: swap it before that"),
+    "instance forward": (
+        with_forward_on_the_instance(),
+        "replaced on the instance: swap it before that",
+    ),
     "parametrized": (parametrized(), "parametrized: swap it before register_parametrization"),
 }
 
@@ -1015,9 +1018,7 @@ def add_hook(norm: nn.Module) -> list[str]:
         return y
 
     norm._old_forward = norm.forward
-    norm.forward = functools.update_wrapper(
-        functools.partial(new_forward, norm), norm._old_forward
-    )
+    norm.forward = functools.update_wrapper(functools.partial(new_forward, norm), norm._old_forward)
     return log
 
 
