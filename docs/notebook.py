@@ -22,7 +22,7 @@ def session(page: Path) -> doctest.DocTest:
 
 def notebook(page: Path) -> str:
     """Return a page as a notebook, with a cell up to each result and without prompts."""
-    import jupytext
+    import jupytext  # type: ignore[import-untyped]
 
     text = SESSION.sub(_cells, page.read_text(encoding="utf-8"))
     made = jupytext.reads(text, fmt="md")

@@ -15,6 +15,7 @@ from types import ModuleType
 import pytest
 import torch
 from helpers import BACKENDS
+from test_imports import FLOORS
 
 from fusednorm import backends
 
@@ -25,7 +26,8 @@ SESSIONS = sorted(
     for page in (ROOT / "README.md", *DOCS.glob("*.md"))
     if "```pycon" in page.read_text(encoding="utf-8")
 )
-PUBLIC = ("backends", "functional", "modules", "replace")
+# Those of `modules` and `replace` run in test_modules.py and test_replace.py.
+PUBLIC = ("backends", "functional", "torch_operators")
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +89,8 @@ def _span(block: re.Match[str], line: re.Match[str]) -> tuple[int, int]:
 @pytest.mark.parametrize("module", PUBLIC)
 def test_examples_of_docstrings(module: str) -> None:
     """The example of every public name runs, and every public function has one."""
+    if module == "torch_operators" and (missing := backends.extension_missing()):
+        pytest.skip(missing)
     public = importlib.import_module(f"fusednorm.{module}")
     attempted, wrong = 0, ""
     for test in doctest.DocTestFinder(exclude_empty=True).find(public):
@@ -143,6 +147,26 @@ def test_the_guarantees_name_tests_that_exist() -> None:
     for file, function in named:
         source = (ROOT / "tests" / file).read_text(encoding="utf-8")
         assert f"def {function}(" in source if function else source
+
+
+def test_contributing_gives_the_floors_that_the_test_holds() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    block = text.split("### Imports")[1].split("```")[1].strip().splitlines()
+    shown = [tuple(line.split()) for line in block]
+    assert shown == [tuple(n.removeprefix("fusednorm.") for n in floor) for floor in FLOORS]
+
+
+def test_tests_cite_guarantees_that_exist() -> None:
+    """`Promise 2` in the first line of a test file is line 2 of the page, which names the file."""
+    rows = dict(
+        re.findall(r"^\| (\d+) \| (.*)$", (DOCS / "guarantees.md").read_text(), re.MULTILINE)
+    )
+    for file in (ROOT / "tests").glob("test_*.py"):
+        if cited := re.match(
+            r'"""Promises? (\d+)(?: and (\d+))?:', file.read_text(encoding="utf-8")
+        ):
+            for number in filter(None, cited.groups()):
+                assert file.name in rows[number]
 
 
 def test_every_question_is_answered_with_a_line_that_runs() -> None:

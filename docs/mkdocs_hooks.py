@@ -15,7 +15,16 @@ ROOT = Path(__file__).parents[1]
 # The pages, and what they link to. They keep their places, so that one link is right on the site
 # and in the repository; one that leads to nothing here stops the strict build.
 PATTERNS = (
-    *("*.md", "LICENSE", "docs/*.md", "docs/*.ipynb", "docs/images/*", "docs/*.css", "docs/*.csv"),
+    *(
+        "*.md",
+        "LICENSE",
+        "docs/*.md",
+        "docs/*.ipynb",
+        "docs/images/*",
+        "docs/*.css",
+        "docs/*.csv",
+        "docs/*.png",
+    ),
     *("csrc/README.md", "triton_kernels/README.md", "bench/NOTES.md", "bench/results/*"),
     *("examples/*.py", "tests/*.py", "fusednorm/*.py", "triton_kernels/*.py"),
 )
