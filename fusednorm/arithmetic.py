@@ -614,7 +614,7 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 def _resized(value: Any, size: int, other: int) -> Any:
     """Return what an attribute of a norm of one size would be in a norm of another."""
-    if isinstance(value, tuple):
+    if type(value) in (tuple, list, torch.Size):
         return type(value)(_resized(v, size, other) for v in value)
     return other if type(value) is int and value == size else value
 
