@@ -13,18 +13,18 @@ device: no weight is loaded, and nothing runs but the probe.
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import inspect
 import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from importlib.util import find_spec
 from typing import Any, TypeAlias
 
 import torch
 from torch import nn
 
-from fusednorm._version import __version__
 from fusednorm.arithmetic import Probed, Swap
 from fusednorm.replace import Report, _replace
 
@@ -37,6 +37,7 @@ _USES = {
     "bfloat16 autocast on cuda, bfloat16 weights": (torch.bfloat16, torch.bfloat16, "cuda"),
     "bfloat16 autocast on cuda, float32 weights": (torch.bfloat16, torch.float32, "cuda"),
 }
+_LIBRARIES = ("torch", "fusednorm", "transformers", "timm", "diffusers")
 _NORMALISES = re.compile(r"\b(layer_norm|rms_norm|rsqrt)\(")
 
 
@@ -46,9 +47,14 @@ def main(targets: list[str]) -> int:
         print(__doc__)
         return 2
     tally = _Tally()
-    for target in targets:
-        for name, build in _models(target):
-            print(f"{name:40} {tally.add(build)}", flush=True)
+    try:
+        for target in targets:
+            for name, build in _models(target):
+                print(f"{name:40} {tally.add(build)}", flush=True)
+    except KeyboardInterrupt:
+        print("interrupted: the sums are those of the models above")
+    versions = {library: version(library) for library in _LIBRARIES if find_spec(library)}
+    print("\n" + ", ".join(" ".join(pair) for pair in versions.items()))
     print(tally)
     return int(tally.models["replace_norms raised"] > 0)
 
@@ -128,8 +134,7 @@ class _Tally:
 
     def __str__(self) -> str:
         """Return the sums."""
-        rows = [f"\nfusednorm {__version__}, torch {torch.__version__}", ""]
-        rows += [f"{count:7} models {what}" for what, count in self.models.items()]
+        rows = [f"{count:7} models {what}" for what, count in self.models.items()]
         rows += [f"{count:7} norms {what}" for what, count in self.norms.items()]
         rows += ["", "Of those swapped, run fused:"]
         rows += [f"{count:7} {use}" for use, count in self.served.items()]
@@ -145,7 +150,6 @@ def _models(target: str) -> Iterator[tuple[str, _Build]]:
     library, _, name = target.partition(":")
     builders = {"transformers": _transformers, "timm": _timm, "diffusers": _diffusers}
     if library in builders:
-        print(f"{library} {importlib.metadata.version(library)}")
         yield from builders[library](name)
     else:
         yield target, getattr(importlib.import_module(library), name)
