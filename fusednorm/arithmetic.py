@@ -37,7 +37,7 @@ _EPS = torch.finfo(_FLOAT32).eps  # what None stands for
 
 
 class Rule(NamedTuple):
-    """The arithmetic for one mix of dtypes: `(x_hat.to(rounded) * (offset + weight) + bias).to(out)`.
+    """The arithmetic of a mix: `(x_hat.to(rounded) * (offset + weight) + bias).to(out)`.
 
     Attributes:
         rms: whether the mean is taken as 0.
@@ -350,7 +350,8 @@ def _holdings(norm: nn.Module, parameters: Iterable[str]) -> Iterator[Held]:
     """Yield the names that may be those of weight, bias and epsilon."""
     for epsilon, value in _attributes(norm):
         if isinstance(value, float) or (value is None and "eps" in epsilon):
-            for weight, bias in list(permutations(parameters, 2)) or [(*parameters, None, None)[:2]]:
+            pairs = list(permutations(parameters, 2)) or [(*parameters, None, None)[:2]]
+            for weight, bias in pairs:
                 yield Held(weight, bias, epsilon)
 
 
@@ -388,9 +389,10 @@ class _Probe:
         mixes += [(x, w) for x, w in permutations(_DTYPES, 2) if self.held.weight is not None]
         for mix in mixes:
             x, weight = mix
-            if weight in (x, None) or {(x, x), (weight, weight)} <= rules.keys():
-                if rule := self._rule(mix, self._circumstances(mix, rank)):
-                    rules[mix] = rule
+            if weight not in (x, None) and not {(x, x), (weight, weight)} <= rules.keys():
+                continue
+            if rule := self._rule(mix, self._circumstances(mix, rank)):
+                rules[mix] = rule
         return ranks, rules
 
     def _rule(self, mix: Mix, calls: Iterable[_Call]) -> Rule | None:
@@ -469,7 +471,7 @@ class _Probe:
 
     def _stand_in(self, call: _Call, leaves: tuple[Tensor | None, ...]) -> nn.Module:
         """Return a norm that is as the probed one, without its hooks, for one call."""
-        stand_in, (x, *parameters) = _bare(type(self.norm)), leaves
+        stand_in, parameters = _bare(type(self.norm)), leaves[1:]
         state = {
             name: copy.copy(value) if isinstance(value, dict | list | set) else value
             for name, value in vars(self.norm).items()
@@ -517,15 +519,16 @@ class _Probe:
 
     def _unchanged(self, mix: Mix, rank: int) -> bool:
         """Whether a forward computes the same under the CPU's autocast."""
-        call, results = next(self._circumstances(mix, rank)), []
+        call = next(self._circumstances(mix, rank))
+        results: list[Any] = []
         try:
             for dtype in (None, *_HALVES):
                 with torch.autocast("cpu", dtype or _BFLOAT16, enabled=dtype is not None):
                     results.append(self._own(call)[0])
         except Exception:
             return False
-        plain: Any = results[0]
-        return all(y.dtype == plain.dtype and torch.equal(y, plain) for y in results)  # type: ignore[attr-defined]
+        plain, *others = results
+        return all(y.dtype == plain.dtype and torch.equal(y, plain) for y in others)
 
     def _operators(self, device: str, call: _Call, autocast: torch.dtype | None) -> list[Any]:
         """Return what a forward runs on a device that need not be there."""

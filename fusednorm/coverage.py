@@ -38,7 +38,7 @@ _USES = {
     "bfloat16 autocast on cuda, float32 weights": (torch.bfloat16, torch.float32, "cuda"),
 }
 _LIBRARIES = ("torch", "fusednorm", "transformers", "timm", "diffusers")
-_NORMALISES = re.compile(r"\b(layer_norm|rms_norm|rsqrt)\(")
+_NORMALISES = re.compile(r"\b(F|functional|torch)\.(layer_norm|rms_norm|rsqrt)\(")
 
 
 def main(targets: list[str]) -> int:
@@ -115,10 +115,12 @@ class _Tally:
         swap: Swap | None = getattr(cls, "_fusednorm_swap", None)
         for use, (dtype, weight, autocast) in _USES.items():
             mix = (dtype, weight if swap is None or swap.held.weight else None)
-            known = swap is None or (
-                mix in dict(swap.rules) if autocast is None else (autocast, mix) in dict(swap.autocast)
-            )
-            self.served[use] += known
+            if swap is None:
+                self.served[use] += 1
+            elif autocast is None:
+                self.served[use] += mix in dict(swap.rules)
+            else:
+                self.served[use] += (autocast, mix) in dict(swap.autocast)
 
     def _unreported(self, model: nn.Module, report: Report, classes: dict[str, type]) -> None:
         """Count the classes whose forward normalises and that the report does not have."""
@@ -185,9 +187,10 @@ def _transformers(name: str) -> Iterator[tuple[str, _Build]]:
         yield f"transformers:{model}", build
 
 
-_FEW = dict.fromkeys(
-    ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers"), 2
-)
+_FEW = {
+    **dict.fromkeys(("num_hidden_layers", "num_layers", "n_layer", "n_layers"), 2),
+    **dict.fromkeys(("encoder_layers", "decoder_layers"), 2),
+}
 _NARROW = {
     **dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "embed_dim"), 64),
     **dict.fromkeys(("intermediate_size", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim"), 64),

@@ -892,7 +892,10 @@ LEFT = {
         BufferedRMSNorm(),
         "BufferedRMSNorm: it holds other things than a weight [N], a bias [N] and an epsilon",
     ),
-    "a matrix": (MatrixRMSNorm(), "MatrixRMSNorm: it holds other things than a weight [N], a bias [N] and an epsilon"),
+    "a matrix": (
+        MatrixRMSNorm(),
+        "MatrixRMSNorm: it holds other things than a weight [N], a bias [N] and an epsilon",
+    ),
     "no epsilon": (
         NoEpsilonRMSNorm(),
         "NoEpsilonRMSNorm: it has no attribute that may be an epsilon",
@@ -909,7 +912,10 @@ LEFT = {
         )
     },
     "small epsilon": (EpsilonOutsideRMSNorm(6, 1e-6), "its arithmetic is none that fusednorm has"),
-    "instance forward": (with_forward_on_the_instance(), "replaced on the instance: swap it before that"),
+    "instance forward": (
+        with_forward_on_the_instance(),
+        "its forward was replaced on the instance: swap it before that",
+    ),
     "parametrized": (parametrized(), "parametrized: swap it before register_parametrization"),
 }
 
