@@ -488,9 +488,7 @@ class _Probe:
         stand_in.__dict__ = state
         return stand_in
 
-    def under_autocast(
-        self, rules: dict[Mix, Rule], rank: int
-    ) -> dict[tuple[str, Mix], Rule]:
+    def under_autocast(self, rules: dict[Mix, Rule], rank: int) -> dict[tuple[str, Mix], Rule]:
         """Return the rules that hold under the autocast of a device.
 
         On the CPU the norm is run. For CUDA the operators that it runs on fake tensors are
@@ -553,9 +551,7 @@ class _Operators(TorchDispatchMode):
         super().__init__()
         self.operators: list[Any] = []
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         # Autocast itself asks for the device, which computes nothing.
         if func.namespace != "prim":

@@ -114,8 +114,9 @@ CASES = {
         lambda n, x: not x.is_contiguous(), lambda: torch.randn(2, 6, 3).transpose(1, 2)
     ),
     "channels last": Case(
-        lambda n, x: x.is_contiguous() < (
-            x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+        lambda n, x: (
+            x.is_contiguous()
+            < (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
         ),
         lambda: torch.randn(2, 3, 4, 6).contiguous(memory_format=torch.channels_last),
     ),
@@ -131,9 +132,7 @@ CASES = {
     "as many samples as columns": Case(
         lambda n, x: x.dim() > 2 and x.shape[0] == x.shape[-1] != x.shape[1], of(6, 3, 6)
     ),
-    "all lengths equal": Case(
-        lambda n, x: x.dim() == 3 and len(set(x.shape)) == 1, of(6, 6, 6)
-    ),
+    "all lengths equal": Case(lambda n, x: x.dim() == 3 and len(set(x.shape)) == 1, of(6, 6, 6)),
     "zeros": Case(lambda n, x: (x == 0).all(-1).any(), lambda: torch.zeros(2, 6)),
     "a constant": Case(lambda n, x: x.numel() and (x == x[..., :1]).all(-1).any(), row()),
     "one large column": Case(lambda n, x: (x.abs() > 5e4).any(), row(5.5e4)),
@@ -158,9 +157,7 @@ CASES = {
     "a weight of 0": Case(lambda n, x: (n.weight == 0).any(), change=set_weight(0.0)),
     "an infinite weight": Case(lambda n, x: n.weight.isinf().any(), change=set_weight(torch.inf)),
     "a weight of nan": Case(lambda n, x: n.weight.isnan().any(), change=set_weight(torch.nan)),
-    "another epsilon": Case(
-        lambda n, x: n.eps > 0.1, change=lambda n: setattr(n, "eps", 0.5)
-    ),
+    "another epsilon": Case(lambda n, x: n.eps > 0.1, change=lambda n: setattr(n, "eps", 0.5)),
     "bfloat16": Case(lambda n, x: x.dtype == torch.bfloat16, dtype=torch.bfloat16),
     "bfloat16 in training": Case(
         lambda n, x: x.dtype == torch.bfloat16 and n.training, dtype=torch.bfloat16
@@ -173,8 +170,9 @@ CASES = {
         around=lambda: torch.autocast("cpu", torch.bfloat16),
     ),
     "autocast to float16": Case(
-        lambda n, x: torch.is_autocast_enabled("cpu")
-        and torch.get_autocast_dtype("cpu") == torch.float16,
+        lambda n, x: (
+            torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.float16
+        ),
         around=lambda: torch.autocast("cpu", torch.float16),
     ),
 }

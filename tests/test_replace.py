@@ -1018,9 +1018,7 @@ def add_hook(norm: nn.Module) -> list[str]:
         return y
 
     norm._old_forward = norm.forward
-    norm.forward = functools.update_wrapper(
-        functools.partial(new_forward, norm), norm._old_forward
-    )
+    norm.forward = functools.update_wrapper(functools.partial(new_forward, norm), norm._old_forward)
     return log
 
 
