@@ -75,11 +75,12 @@ class Rule(NamedTuple):
         op = "rms_norm" if self.rms else "layer_norm"
         eps = _EPS if eps is None else eps
         shape, eps = check_norm(op, x, tuple(x.shape[-1:]), weight, bias, eps)
-        scale = shift = None
+        scale: Tensor | None = None
+        shift: Tensor | None = None
         rounded: torch.dtype | None = self.rounded
         if self.offset and weight is not None:
-            weight, scale = None, weight[None]
-            bias, shift = None, None if bias is None else bias[None]
+            scale, weight = weight[None], None
+            shift, bias = None if bias is None else bias[None], None
         elif rounded == _FLOAT32 and self.out == x.dtype and not (self.rms and bias is not None):
             rounded = None  # y alone is rounded: torch's own operators may serve, too
         return _norm(
@@ -333,7 +334,7 @@ def _find(norm: nn.Module, parameters: dict[str, nn.Parameter]) -> Swap | str:
         mixes = list(rules)
         if not rules:
             reason = probe.reason
-        elif parameters and parameters[held.weight].dtype not in {weight for _, weight in mixes}:
+        elif held.weight and parameters[held.weight].dtype not in {weight for _, weight in mixes}:
             reason = f"its arithmetic is fusednorm's for {_words(mixes)} only"
         else:
             fixed = tuple(
@@ -350,7 +351,8 @@ def _holdings(norm: nn.Module, parameters: Iterable[str]) -> Iterator[Held]:
     """Yield the names that may be those of weight, bias and epsilon."""
     for epsilon, value in _attributes(norm):
         if isinstance(value, float) or (value is None and "eps" in epsilon):
-            pairs = list(permutations(parameters, 2)) or [(*parameters, None, None)[:2]]
+            pairs: list[Any] = list(permutations(parameters, 2))
+            pairs = pairs or [(*parameters, None, None)[:2]]
             for weight, bias in pairs:
                 yield Held(weight, bias, epsilon)
 
@@ -358,7 +360,7 @@ def _holdings(norm: nn.Module, parameters: Iterable[str]) -> Iterator[Held]:
 def _sizes(norm: nn.Module, parameters: dict[str, nn.Parameter]) -> list[int | None]:
     """Return the sizes of a row that the norm may be made for; None is any."""
     if parameters:
-        return [value.numel() for value in parameters.values()][:1]
+        return [next(iter(parameters.values())).numel()]
     # Without a weight an attribute may say it.
     values = [value for _, value in _attributes(norm)]
     values = [v[0] if isinstance(v, tuple) and len(v) == 1 else v for v in values]
@@ -381,11 +383,12 @@ class _Probe:
         """
         float32 = (_FLOAT32, None if self.held.weight is None else _FLOAT32)
         ranks = tuple(rank for rank in _RANKS if self._rule(float32, self._shapes(float32, rank)))
-        rank, rules = max(ranks, default=1), {}
+        rank = max(ranks, default=1)
+        rules: dict[Mix, Rule] = {}
         if rank == 1:  # too little to tell one rule from another
             return (), rules
         # Those of one dtype come first: nothing is mixed of what does not hold by itself.
-        mixes = [(x, None if self.held.weight is None else x) for x in _DTYPES]
+        mixes: list[Mix] = [(x, None if self.held.weight is None else x) for x in _DTYPES]
         mixes += [(x, w) for x, w in permutations(_DTYPES, 2) if self.held.weight is not None]
         for mix in mixes:
             x, weight = mix
@@ -472,7 +475,7 @@ class _Probe:
     def _stand_in(self, call: _Call, leaves: tuple[Tensor | None, ...]) -> nn.Module:
         """Return a norm that is as the probed one, without its hooks, for one call."""
         stand_in, parameters = _bare(type(self.norm)), leaves[1:]
-        state = {
+        state: dict[str, Any] = {
             name: copy.copy(value) if isinstance(value, dict | list | set) else value
             for name, value in vars(self.norm).items()
         }
@@ -482,9 +485,10 @@ class _Probe:
         state["training"] = call.training
         if call.eps != self.eps:
             state[self.held.epsilon] = call.eps
-        for name, parameter in zip((self.held.weight, self.held.bias), parameters, strict=True):
-            if name is not None:
-                state["_parameters"][name] = parameter
+        names = (self.held.weight, self.held.bias)
+        for held, parameter in zip(names, parameters, strict=True):
+            if held is not None:
+                state["_parameters"][held] = parameter
         stand_in.__dict__ = state
         return stand_in
 
