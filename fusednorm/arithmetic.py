@@ -503,7 +503,8 @@ class _Probe:
         for mix, rule in rules.items():
             # Autocast tells half precisions apart by whether they are its own, and both are tried.
             x, weight = (_BFLOAT16 if dtype == _FLOAT16 else dtype for dtype in mix)
-            single = (_FLOAT32, None if weight is None else _FLOAT32)
+            assert x is not None
+            single: Mix = (_FLOAT32, None if weight is None else _FLOAT32)
             try:
                 for key in ((x, weight), single):
                     if key not in traces:
@@ -537,22 +538,23 @@ class _Probe:
         from torch._subclasses import FakeTensorMode  # here, since its import takes a while
 
         with FakeTensorMode(), torch.no_grad():
-            x, weight, bias = (
+            fakes: list[Any] = [
                 None if t is None else torch.empty(t.shape, dtype=t.dtype, device=device)
                 for t in call[:3]
-            )
-            leaves = call._replace(x=x, weight=weight, bias=bias).leaves()
+            ]
+            leaves = call._replace(x=fakes[0], weight=fakes[1], bias=fakes[2]).leaves()
             stand_in = self._stand_in(call, leaves)
             with _autocast(device, autocast), _Operators() as seen:
                 type(self.norm).forward(stand_in, leaves[0])
-        return seen.operators
+        operators: list[Any] = seen.operators
+        return operators
 
 
 class _Operators(TorchDispatchMode):
     """Records the operators that run, with the dtypes and the numbers that they are given."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.operators: list[Any] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -668,7 +670,10 @@ def _rules(mix: Mix, held: Held, y: object) -> list[Rule]:
     roundings = dict.fromkeys((_FLOAT32, x, weight or x))
     offsets = (0,) if held.weight is None else (0, 1)
     centrings = (True, False) if held.bias is None else (False, True)
-    return [Rule(*parts, y.dtype) for parts in product(centrings, offsets, roundings)]
+    return [
+        Rule(rms, offset, rounded, y.dtype)
+        for rms, offset, rounded in product(centrings, offsets, roundings)
+    ]
 
 
 def _agrees(rule: Rule, call: _Call, y: object, gradients: list[Tensor]) -> bool:
@@ -679,11 +684,11 @@ def _agrees(rule: Rule, call: _Call, y: object, gradients: list[Tensor]) -> bool
     if not isinstance(y, Tensor) or y.dtype != expected.dtype or y.shape != expected.shape:
         return False
     h, rstd = rule.statistics(call.x, call.eps)
-    x_hat, factor = (h * rstd).abs(), rule.factor(call.weight)
+    x_hat, factor = (h * rstd).abs(), abs(rule.factor(call.weight))
     terms = torch.zeros(())
     if not rule.rms or call.bias is not None:
         # A difference is as exact as what it is taken from.
-        terms = x_hat.amax(-1, keepdim=True) * abs(factor)
+        terms = x_hat.amax(-1, keepdim=True) * factor
         terms = terms if call.bias is None else terms + call.bias.float().abs()
     result = y
     if not rule.rms:
@@ -696,7 +701,7 @@ def _agrees(rule: Rule, call: _Call, y: object, gradients: list[Tensor]) -> bool
         return True
     dy = expected.detach().float().abs()
     sums = [(dy * x_hat).reshape(-1, dy.shape[-1]).sum(0), dy.reshape(-1, dy.shape[-1]).sum(0)]
-    terms_of = [(dy * abs(factor)).amax(-1, keepdim=True) * rstd, *sums][: len(gradients)]
+    terms_of = [(dy * factor).amax(-1, keepdim=True) * rstd, *sums][: len(gradients)]
     exactness = 8 * max(torch.finfo(t.dtype).eps for t in (*call[:2], y) if t is not None)
     return all(
         ((a == b) | ((a.double() - b.double()).abs() <= exactness * terms)).all()

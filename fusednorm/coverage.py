@@ -160,7 +160,7 @@ def _models(target: str) -> Iterator[tuple[str, _Build]]:
 def _timm(name: str) -> Iterator[tuple[str, _Build]]:
     timm = importlib.import_module("timm")
     for model in [name] if name else timm.list_models():
-        yield f"timm:{model}", lambda model=model: timm.create_model(model)
+        yield f"timm:{model}", lambda model=model: timm.create_model(model)  # type: ignore[misc]
 
 
 def _diffusers(name: str) -> Iterator[tuple[str, _Build]]:
@@ -170,7 +170,7 @@ def _diffusers(name: str) -> Iterator[tuple[str, _Build]]:
         if isinstance(cls, type) and issubclass(cls, nn.Module):
             names = inspect.signature(cls.__init__).parameters
             few = {key: 1 for key in names if key in ("num_layers", "num_single_layers")}
-            yield f"diffusers:{model}", lambda cls=cls, few=few: cls(**few)
+            yield f"diffusers:{model}", lambda cls=cls, few=few: cls(**few)  # type: ignore[misc]
 
 
 def _transformers(name: str) -> Iterator[tuple[str, _Build]]:
