@@ -684,7 +684,8 @@ def _agrees(rule: Rule, call: _Call, y: object, gradients: list[Tensor]) -> bool
     if not isinstance(y, Tensor) or y.dtype != expected.dtype or y.shape != expected.shape:
         return False
     h, rstd = rule.statistics(call.x, call.eps)
-    x_hat, factor = (h * rstd).abs(), abs(rule.factor(call.weight))
+    x_hat = (h * rstd).abs()
+    factor: Any = abs(rule.factor(call.weight))
     terms = torch.zeros(())
     if not rule.rms or call.bias is not None:
         # A difference is as exact as what it is taken from.
