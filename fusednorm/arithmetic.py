@@ -38,7 +38,7 @@ _EPS = torch.finfo(_FLOAT32).eps  # what None stands for
 
 
 class Rule(NamedTuple):
-    """The arithmetic for one mix of dtypes: `(x_hat.to(rounded) * (offset + weight) + bias).to(out)`.
+    """The arithmetic of a mix: `(x_hat.to(rounded) * (offset + weight) + bias).to(out)`.
 
     Attributes:
         rms: whether the mean is taken as 0.
@@ -76,11 +76,12 @@ class Rule(NamedTuple):
         op = "rms_norm" if self.rms else "layer_norm"
         eps = _EPS if eps is None else eps
         shape, eps = check_norm(op, x, tuple(x.shape[-1:]), weight, bias, eps)
-        scale = shift = None
+        scale: Tensor | None = None
+        shift: Tensor | None = None
         rounded: torch.dtype | None = self.rounded
         if self.offset and weight is not None:
-            weight, scale = None, weight[None]
-            bias, shift = None, None if bias is None else bias[None]
+            scale, weight = weight[None], None
+            shift, bias = None if bias is None else bias[None], None
         elif rounded == _FLOAT32 and self.out == x.dtype and not (self.rms and bias is not None):
             rounded = None  # y alone is rounded: torch's own operators may serve, too
         operands = Operands(x, weight=weight, bias=bias, scale=scale, shift=shift)
@@ -333,7 +334,7 @@ def _find(norm: nn.Module, parameters: dict[str, nn.Parameter]) -> Swap | str:
         mixes = list(rules)
         if not rules:
             reason = probe.reason
-        elif parameters and parameters[held.weight].dtype not in {weight for _, weight in mixes}:
+        elif held.weight and parameters[held.weight].dtype not in {weight for _, weight in mixes}:
             reason = f"its arithmetic is fusednorm's for {_words(mixes)} only"
         else:
             fixed = tuple(
@@ -350,16 +351,16 @@ def _holdings(norm: nn.Module, parameters: Iterable[str]) -> Iterator[Held]:
     """Yield the names that may be those of weight, bias and epsilon."""
     for epsilon, value in _attributes(norm):
         if isinstance(value, float) or (value is None and "eps" in epsilon):
-            for weight, bias in list(permutations(parameters, 2)) or [
-                (*parameters, None, None)[:2]
-            ]:
+            pairs: list[Any] = list(permutations(parameters, 2))
+            pairs = pairs or [(*parameters, None, None)[:2]]
+            for weight, bias in pairs:
                 yield Held(weight, bias, epsilon)
 
 
 def _sizes(norm: nn.Module, parameters: dict[str, nn.Parameter]) -> list[int | None]:
     """Return the sizes of a row that the norm may be made for; None is any."""
     if parameters:
-        return [value.numel() for value in parameters.values()][:1]
+        return [next(iter(parameters.values())).numel()]
     # Without a weight an attribute may say it.
     values = [value for _, value in _attributes(norm)]
     values = [v[0] if isinstance(v, tuple) and len(v) == 1 else v for v in values]
@@ -382,17 +383,19 @@ class _Probe:
         """
         float32 = (_FLOAT32, None if self.held.weight is None else _FLOAT32)
         ranks = tuple(rank for rank in _RANKS if self._rule(float32, self._shapes(float32, rank)))
-        rank, rules = max(ranks, default=1), {}
+        rank = max(ranks, default=1)
+        rules: dict[Mix, Rule] = {}
         if rank == 1:  # too little to tell one rule from another
             return (), rules
         # Those of one dtype come first: nothing is mixed of what does not hold by itself.
-        mixes = [(x, None if self.held.weight is None else x) for x in _DTYPES]
+        mixes: list[Mix] = [(x, None if self.held.weight is None else x) for x in _DTYPES]
         mixes += [(x, w) for x, w in permutations(_DTYPES, 2) if self.held.weight is not None]
         for mix in mixes:
             x, weight = mix
-            if weight in (x, None) or {(x, x), (weight, weight)} <= rules.keys():
-                if rule := self._rule(mix, self._circumstances(mix, rank)):
-                    rules[mix] = rule
+            if weight not in (x, None) and not {(x, x), (weight, weight)} <= rules.keys():
+                continue
+            if rule := self._rule(mix, self._circumstances(mix, rank)):
+                rules[mix] = rule
         return ranks, rules
 
     def _rule(self, mix: Mix, calls: Iterable[_Call]) -> Rule | None:
@@ -471,8 +474,8 @@ class _Probe:
 
     def _stand_in(self, call: _Call, leaves: tuple[Tensor | None, ...]) -> nn.Module:
         """Return a norm that is as the probed one, without its hooks, for one call."""
-        stand_in, (x, *parameters) = _bare(type(self.norm)), leaves
-        state = {
+        stand_in, parameters = _bare(type(self.norm)), leaves[1:]
+        state: dict[str, Any] = {
             name: copy.copy(value) if isinstance(value, dict | list | set) else value
             for name, value in vars(self.norm).items()
         }
@@ -482,9 +485,10 @@ class _Probe:
         state["training"] = call.training
         if call.eps != self.eps:
             state[self.held.epsilon] = call.eps
-        for name, parameter in zip((self.held.weight, self.held.bias), parameters, strict=True):
-            if name is not None:
-                state["_parameters"][name] = parameter
+        names = (self.held.weight, self.held.bias)
+        for held, parameter in zip(names, parameters, strict=True):
+            if held is not None:
+                state["_parameters"][held] = parameter
         stand_in.__dict__ = state
         return stand_in
 
@@ -499,7 +503,8 @@ class _Probe:
         for mix, rule in rules.items():
             # Autocast tells half precisions apart by whether they are its own, and both are tried.
             x, weight = (_BFLOAT16 if dtype == _FLOAT16 else dtype for dtype in mix)
-            single = (_FLOAT32, None if weight is None else _FLOAT32)
+            assert x is not None
+            single: Mix = (_FLOAT32, None if weight is None else _FLOAT32)
             try:
                 for key in ((x, weight), single):
                     if key not in traces:
@@ -517,37 +522,39 @@ class _Probe:
 
     def _unchanged(self, mix: Mix, rank: int) -> bool:
         """Whether a forward computes the same under the CPU's autocast."""
-        call, results = next(self._circumstances(mix, rank)), []
+        call = next(self._circumstances(mix, rank))
+        results: list[Any] = []
         try:
             for dtype in (None, *_HALVES):
                 with torch.autocast("cpu", dtype or _BFLOAT16, enabled=dtype is not None):
                     results.append(self._own(call)[0])
         except Exception:
             return False
-        plain: Any = results[0]
-        return all(y.dtype == plain.dtype and torch.equal(y, plain) for y in results)  # type: ignore[attr-defined]
+        plain, *others = results
+        return all(y.dtype == plain.dtype and torch.equal(y, plain) for y in others)
 
     def _operators(self, device: str, call: _Call, autocast: torch.dtype | None) -> list[Any]:
         """Return what a forward runs on a device that need not be there."""
         from torch._subclasses import FakeTensorMode  # here, since its import takes a while
 
         with FakeTensorMode(), torch.no_grad():
-            x, weight, bias = (
+            fakes: list[Any] = [
                 None if t is None else torch.empty(t.shape, dtype=t.dtype, device=device)
                 for t in call[:3]
-            )
-            leaves = call._replace(x=x, weight=weight, bias=bias).leaves()
+            ]
+            leaves = call._replace(x=fakes[0], weight=fakes[1], bias=fakes[2]).leaves()
             stand_in = self._stand_in(call, leaves)
             with _autocast(device, autocast), _Operators() as seen:
                 type(self.norm).forward(stand_in, leaves[0])
-        return seen.operators
+        operators: list[Any] = seen.operators
+        return operators
 
 
 class _Operators(TorchDispatchMode):
     """Records the operators that run, with the dtypes and the numbers that they are given."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.operators: list[Any] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -612,7 +619,7 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 def _resized(value: Any, size: int, other: int) -> Any:
     """Return what an attribute of a norm of one size would be in a norm of another."""
-    if isinstance(value, tuple):
+    if type(value) in (tuple, list, torch.Size):
         return type(value)(_resized(v, size, other) for v in value)
     return other if type(value) is int and value == size else value
 
@@ -663,7 +670,10 @@ def _rules(mix: Mix, held: Held, y: object) -> list[Rule]:
     roundings = dict.fromkeys((_FLOAT32, x, weight or x))
     offsets = (0,) if held.weight is None else (0, 1)
     centrings = (True, False) if held.bias is None else (False, True)
-    return [Rule(*parts, y.dtype) for parts in product(centrings, offsets, roundings)]
+    return [
+        Rule(rms, offset, rounded, y.dtype)
+        for rms, offset, rounded in product(centrings, offsets, roundings)
+    ]
 
 
 def _agrees(rule: Rule, call: _Call, y: object, gradients: list[Tensor]) -> bool:
@@ -674,11 +684,12 @@ def _agrees(rule: Rule, call: _Call, y: object, gradients: list[Tensor]) -> bool
     if not isinstance(y, Tensor) or y.dtype != expected.dtype or y.shape != expected.shape:
         return False
     h, rstd = rule.statistics(call.x, call.eps)
-    x_hat, factor = (h * rstd).abs(), rule.factor(call.weight)
+    x_hat = (h * rstd).abs()
+    factor: Any = abs(rule.factor(call.weight))
     terms = torch.zeros(())
     if not rule.rms or call.bias is not None:
         # A difference is as exact as what it is taken from.
-        terms = x_hat.amax(-1, keepdim=True) * abs(factor)
+        terms = x_hat.amax(-1, keepdim=True) * factor
         terms = terms if call.bias is None else terms + call.bias.float().abs()
     result = y
     if not rule.rms:
@@ -691,7 +702,7 @@ def _agrees(rule: Rule, call: _Call, y: object, gradients: list[Tensor]) -> bool
         return True
     dy = expected.detach().float().abs()
     sums = [(dy * x_hat).reshape(-1, dy.shape[-1]).sum(0), dy.reshape(-1, dy.shape[-1]).sum(0)]
-    terms_of = [(dy * abs(factor)).amax(-1, keepdim=True) * rstd, *sums][: len(gradients)]
+    terms_of = [(dy * factor).amax(-1, keepdim=True) * rstd, *sums][: len(gradients)]
     exactness = 8 * max(torch.finfo(t.dtype).eps for t in (*call[:2], y) if t is not None)
     return all(
         ((a == b) | ((a.double() - b.double()).abs() <= exactness * terms)).all()

@@ -13,18 +13,18 @@ device: no weight is loaded, and nothing runs but the probe.
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import inspect
 import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from importlib.util import find_spec
 from typing import Any, TypeAlias
 
 import torch
 from torch import nn
 
-from fusednorm._version import __version__
 from fusednorm.arithmetic import Probed, Swap
 from fusednorm.replace import Report, _replace
 
@@ -37,7 +37,8 @@ _USES = {
     "bfloat16 autocast on cuda, bfloat16 weights": (torch.bfloat16, torch.bfloat16, "cuda"),
     "bfloat16 autocast on cuda, float32 weights": (torch.bfloat16, torch.float32, "cuda"),
 }
-_NORMALISES = re.compile(r"\b(layer_norm|rms_norm|rsqrt)\(")
+_LIBRARIES = ("torch", "fusednorm", "transformers", "timm", "diffusers")
+_NORMALISES = re.compile(r"\b(F|functional|torch)\.(layer_norm|rms_norm|rsqrt)\(")
 
 
 def main(targets: list[str]) -> int:
@@ -46,9 +47,14 @@ def main(targets: list[str]) -> int:
         print(__doc__)
         return 2
     tally = _Tally()
-    for target in targets:
-        for name, build in _models(target):
-            print(f"{name:40} {tally.add(build)}", flush=True)
+    try:
+        for target in targets:
+            for name, build in _models(target):
+                print(f"{name:40} {tally.add(build)}", flush=True)
+    except KeyboardInterrupt:
+        print("interrupted: the sums are those of the models above")
+    versions = {library: version(library) for library in _LIBRARIES if find_spec(library)}
+    print("\n" + ", ".join(" ".join(pair) for pair in versions.items()))
     print(tally)
     return int(tally.models["replace_norms raised"] > 0)
 
@@ -109,12 +115,12 @@ class _Tally:
         swap: Swap | None = getattr(cls, "_fusednorm_swap", None)
         for use, (dtype, weight, autocast) in _USES.items():
             mix = (dtype, weight if swap is None or swap.held.weight else None)
-            known = swap is None or (
-                mix in dict(swap.rules)
-                if autocast is None
-                else (autocast, mix) in dict(swap.autocast)
-            )
-            self.served[use] += known
+            if swap is None:
+                self.served[use] += 1
+            elif autocast is None:
+                self.served[use] += mix in dict(swap.rules)
+            else:
+                self.served[use] += (autocast, mix) in dict(swap.autocast)
 
     def _unreported(self, model: nn.Module, report: Report, classes: dict[str, type]) -> None:
         """Count the classes whose forward normalises and that the report does not have."""
@@ -130,8 +136,7 @@ class _Tally:
 
     def __str__(self) -> str:
         """Return the sums."""
-        rows = [f"\nfusednorm {__version__}, torch {torch.__version__}", ""]
-        rows += [f"{count:7} models {what}" for what, count in self.models.items()]
+        rows = [f"{count:7} models {what}" for what, count in self.models.items()]
         rows += [f"{count:7} norms {what}" for what, count in self.norms.items()]
         rows += ["", "Of those swapped, run fused:"]
         rows += [f"{count:7} {use}" for use, count in self.served.items()]
@@ -147,7 +152,6 @@ def _models(target: str) -> Iterator[tuple[str, _Build]]:
     library, _, name = target.partition(":")
     builders = {"transformers": _transformers, "timm": _timm, "diffusers": _diffusers}
     if library in builders:
-        print(f"{library} {importlib.metadata.version(library)}")
         yield from builders[library](name)
     else:
         yield target, getattr(importlib.import_module(library), name)
@@ -156,7 +160,7 @@ def _models(target: str) -> Iterator[tuple[str, _Build]]:
 def _timm(name: str) -> Iterator[tuple[str, _Build]]:
     timm = importlib.import_module("timm")
     for model in [name] if name else timm.list_models():
-        yield f"timm:{model}", lambda model=model: timm.create_model(model)
+        yield f"timm:{model}", lambda model=model: timm.create_model(model)  # type: ignore[misc]
 
 
 def _diffusers(name: str) -> Iterator[tuple[str, _Build]]:
@@ -166,7 +170,7 @@ def _diffusers(name: str) -> Iterator[tuple[str, _Build]]:
         if isinstance(cls, type) and issubclass(cls, nn.Module):
             names = inspect.signature(cls.__init__).parameters
             few = {key: 1 for key in names if key in ("num_layers", "num_single_layers")}
-            yield f"diffusers:{model}", lambda cls=cls, few=few: cls(**few)
+            yield f"diffusers:{model}", lambda cls=cls, few=few: cls(**few)  # type: ignore[misc]
 
 
 def _transformers(name: str) -> Iterator[tuple[str, _Build]]:
@@ -183,10 +187,10 @@ def _transformers(name: str) -> Iterator[tuple[str, _Build]]:
         yield f"transformers:{model}", build
 
 
-_FEW = dict.fromkeys(
-    ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers"),
-    2,
-)
+_FEW = {
+    **dict.fromkeys(("num_hidden_layers", "num_layers", "n_layer", "n_layers"), 2),
+    **dict.fromkeys(("encoder_layers", "decoder_layers"), 2),
+}
 _NARROW = {
     **dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "embed_dim"), 64),
     **dict.fromkeys(("intermediate_size", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim"), 64),

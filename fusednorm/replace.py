@@ -71,10 +71,8 @@ class Report:
         ]
         rows += [(name, f"left: {reason}") for name, reason in self.left]
         width = max((len(name or "(root)") for name, _ in rows), default=0)
-        counts = f"{len(self.swapped)} swapped, {len(self.left)} left"
-        return "\n".join(
-            [counts, *(f"  {name or '(root)':{width}}  {fate}" for name, fate in rows)]
-        )
+        lines = [f"  {name or '(root)':{width}}  {fate}" for name, fate in rows]
+        return "\n".join([f"{len(self.swapped)} swapped, {len(self.left)} left", *lines])
 
 
 def replace_norms(
@@ -85,7 +83,7 @@ def replace_norms(
     `nn.LayerNorm` becomes `fusednorm.LayerNorm` and `nn.RMSNorm` becomes `fusednorm.RMSNorm`. Any
     other norm over the last dimension (`LlamaRMSNorm`, `GemmaRMSNorm`, `T5LayerNorm`, a subclass of
     `nn.LayerNorm`) becomes a subclass of its class with a fused forward, if its forward takes the
-    input alone and it holds at most a weight [N], a bias [N] and an epsilon. What it computes is not
+    input alone and it holds at most a weight [N], a bias [N] and an epsilon. Its arithmetic is not
     guessed from its name: its forward is run on the CPU on all that it may branch on, and compared.
     For what the comparison does not cover, or covers with another result, its own forward stays in
     charge: other dtypes, inputs of more than four dimensions, an attribute that has changed since,
@@ -230,8 +228,10 @@ def _norms(operation: str, model: nn.Module) -> _Norms:
 
 def _is_norm(module: nn.Module) -> bool:
     """Whether somebody who reads the report would look for this module in it."""
-    if isinstance(module, _OTHER_NORMS) or type(module).__module__.startswith("torch.nn.utils."):
+    if isinstance(module, _OTHER_NORMS):
         return False
+    if type(module).__module__.startswith("torch.nn.utils.") and not is_parametrized(module):
+        return False  # torch's weight and spectral norm
     # TorchScript keeps the name of the class it compiled. An attribute may be anybody's code.
     try:
         name = str(getattr(module, "original_name", type(module).__name__))

@@ -914,7 +914,7 @@ LEFT = {
     "small epsilon": (EpsilonOutsideRMSNorm(6, 1e-6), "its arithmetic is none that fusednorm has"),
     "instance forward": (
         with_forward_on_the_instance(),
-        "replaced on the instance: swap it before that",
+        "its forward was replaced on the instance: swap it before that",
     ),
     "parametrized": (parametrized(), "parametrized: swap it before register_parametrization"),
 }
