@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -200,6 +201,20 @@ def test_what_is_misaligned_is_another_layout(repeater: str) -> None:
             layer_norm_fwd(rows, *rest)
             kernels += [launch.handle for launch in fake_gpu.launches(since)]
     assert kernels[0] == kernels[2] != kernels[1] == kernels[3]
+
+
+@pytest.mark.parametrize("repeater", REPEATERS)
+def test_another_thread_launches_as_well(repeater: str) -> None:
+    """A backward runs on a thread of autograd's, which CUDA has not seen before."""
+    call = backward(Use("layer_norm", rows=30))
+    with fake_gpu.serving(repeater), ThreadPoolExecutor(1) as thread:
+        layer_norm_bwd(*call.arguments)
+        since = fake_gpu.launched()
+        for _ in range(2):
+            thread.submit(layer_norm_bwd, *call.arguments).result()
+    first, second = fake_gpu.launches(since)[:2], fake_gpu.launches(since)[2:]
+    assert [one.kernel for one in first] == [one.kernel for one in second]
+    assert len(first) == 2
 
 
 def test_an_unknown_triton_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
