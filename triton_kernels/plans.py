@@ -169,9 +169,7 @@ class Plan(NamedTuple):
             block = torch.empty(self.scratch[0], dtype=self.scratch[1], device=device)
             pointers.append(block.data_ptr())
         for compiled, grid, arguments in self.starts:
-            words = [
-                value if place < 0 else pointers[place] + value for place, value in arguments
-            ]
+            words = [value if place < 0 else pointers[place] + value for place, value in arguments]
             nobody = None, None, None  # to tell of the launch
             try:
                 compiled.run(

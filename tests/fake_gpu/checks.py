@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import sys
 from collections.abc import Callable
@@ -13,13 +14,13 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import fake_gpu
 import pytest
 import torch
 import triton
-from fake_gpu.uses import Call, Use, backward, forward, uses
 from triton.runtime import build
 
+import fake_gpu
+from fake_gpu.uses import Call, Use, backward, forward, uses
 from fusednorm import backends
 from fusednorm.triton_kernels import plans
 from fusednorm.triton_kernels.backward import layer_norm_bwd
@@ -85,7 +86,7 @@ def by_repeater(
                 assert word % 16 == 0
     assert len(scratch) == len(sizes)
     ends = [(at, at + sizes[name]) for at, name in sorted(scratch.items())]
-    for (_, end), (following, _) in zip(ends, ends[1:], strict=False):
+    for (_, end), (following, _) in itertools.pairwise(ends):
         assert end <= following
     return described(launches, names | scratch)
 
@@ -127,8 +128,8 @@ def test_a_refused_launch_names_kernel_grid_and_reason(repeater: str) -> None:
     """One error, whoever started it."""
     call = forward(Use("layer_norm", rows=4096))
     expected = re.escape(
-        "fusednorm: layer_norm_fwd_kernel: expected the driver to launch a grid of (1024, 1, 1), got "
-        "invalid argument"
+        "fusednorm: layer_norm_fwd_kernel: expected the driver to launch a grid of "
+        "(1024, 1, 1), got invalid argument"
     )
     with fake_gpu.serving(repeater):
         layer_norm_fwd(*call.arguments)

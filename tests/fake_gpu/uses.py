@@ -49,7 +49,12 @@ class Use:
 _LAYER_NORM = Use("layer_norm")
 _ADD_NORM = Use("add_norm", residual=True)
 _EVERYTHING = Use(
-    "everything", residual=True, dropout_p=0.1, gate="sampled", modulation="sampled", stream="float32"
+    "everything",
+    residual=True,
+    dropout_p=0.1,
+    gate="sampled",
+    modulation="sampled",
+    stream="float32",
 )
 TERMS = (
     _LAYER_NORM,
