@@ -26,7 +26,7 @@ import fake_gpu
 import fusednorm
 from fusednorm import backends
 
-ROUNDS, CALLS = 60, 20
+ROUNDS, CALLS = 30, 20
 ROWS, COLS = 64, 1024
 WAYS = ("triton", "python", "extension")
 
