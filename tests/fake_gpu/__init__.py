@@ -4,6 +4,8 @@ Importing this gives the process a CUDA driver that says yes (`driver.c`) and ma
 Nothing is computed: what there is to see are the launches, and how long it took to get there.
 """
 
+# ruff: noqa: E402  # Triton is imported once there is a driver
+
 from __future__ import annotations
 
 import atexit
@@ -151,10 +153,18 @@ def refusing(error: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def serving(repeater: str) -> Iterator[None]:
-    """Let Triton's kernels take CPU tensors for an H100's, repeated by extension, python or none."""
+    """Let Triton's kernels take CPU tensors for an H100's, whoever is to repeat launches."""
+    chosen = plans.Repeater(repeater, "asked for")
+
+    def architecture(device: object) -> Architecture:
+        return H100
+
+    def choose(device: object) -> plans.Repeater:
+        return chosen
+
     with (
-        mock.patch.object(launch, "architecture", lambda device: H100),
-        mock.patch.object(plans, "repeater", lambda device: plans.Repeater(repeater, "asked for")),
+        mock.patch.object(launch, "architecture", architecture),
+        mock.patch.object(plans, "repeater", choose),
     ):
         yield
 

@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -84,7 +86,7 @@ def by_repeater(
                 assert word % 16 == 0
     assert len(scratch) == len(sizes)
     ends = [(at, at + sizes[name]) for at, name in sorted(scratch.items())]
-    for (_, end), (following, _) in zip(ends, ends[1:], strict=False):
+    for (_, end), (following, _) in itertools.pairwise(ends):
         assert end <= following
     return described(launches, names | scratch)
 
@@ -126,8 +128,8 @@ def test_a_refused_launch_names_kernel_grid_and_reason(repeater: str) -> None:
     """One error, whoever started it."""
     call = forward(Use("layer_norm", rows=4096))
     expected = re.escape(
-        "fusednorm: layer_norm_fwd_kernel: expected the driver to launch a grid of (1024, 1, 1), got "
-        "invalid argument"
+        "fusednorm: layer_norm_fwd_kernel: expected the driver to launch a grid of "
+        "(1024, 1, 1), got invalid argument"
     )
     with fake_gpu.serving(repeater):
         layer_norm_fwd(*call.arguments)
@@ -200,6 +202,20 @@ def test_what_is_misaligned_is_another_layout(repeater: str) -> None:
             layer_norm_fwd(rows, *rest)
             kernels += [launch.handle for launch in fake_gpu.launches(since)]
     assert kernels[0] == kernels[2] != kernels[1] == kernels[3]
+
+
+@pytest.mark.parametrize("repeater", REPEATERS)
+def test_another_thread_launches_as_well(repeater: str) -> None:
+    """A backward runs on a thread of autograd's, which CUDA has not seen before."""
+    call = backward(Use("layer_norm", rows=30))
+    with fake_gpu.serving(repeater), ThreadPoolExecutor(1) as thread:
+        layer_norm_bwd(*call.arguments)
+        since = fake_gpu.launched()
+        for _ in range(2):
+            thread.submit(layer_norm_bwd, *call.arguments).result()
+    first, second = fake_gpu.launches(since)[:2], fake_gpu.launches(since)[2:]
+    assert [one.kernel for one in first] == [one.kernel for one in second]
+    assert len(first) == 2
 
 
 def test_an_unknown_triton_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@
 #include <stdio.h>
 #include <string.h>
 
-enum { SUCCESS = 0, INVALID_VALUE = 1, INVALID_IMAGE = 200, NOT_FOUND = 500 };
+enum { SUCCESS, INVALID_VALUE, INVALID_IMAGE = 200, INVALID_CONTEXT, NOT_FOUND = 500 };
 enum { MOST_PARAMETERS = 48, MOST_FUNCTIONS = 4096, KEPT = 64 };
 enum { MOST_SHARED = 232448, SHARED_UNASKED = 49152, MOST_THREADS = 1024 };
 
@@ -36,9 +36,9 @@ typedef struct {
 uint64_t fake_launches = 0, fake_loads = 0;
 Launch fake_kept[KEPT];
 int fake_refusal = 0;  // what every launch is answered with, if it is not 0
-int fake_current = 0;  // the device of the current context
 
 static Function functions[MOST_FUNCTIONS];
+static _Thread_local void* current = NULL;  // a thread has no context until it is given one
 
 // The parameters of a kernel as its machine code describes them: section .nv.info.<name>.
 static int read_parameters(const uint8_t* image, Function* function) {
@@ -114,6 +114,7 @@ CUresult cuFuncSetCacheConfig(void* function, int value) { return SUCCESS; }
 CUresult cuLaunchKernelEx(const Config* config, void* f, void** parameters, void** extra) {
   const Function* const function = f;
   if (fake_refusal != 0) return fake_refusal;
+  if (current == NULL) return INVALID_CONTEXT;
   uint64_t threads = 1;
   for (int i = 0; i < 3; ++i) {
     threads *= config->block[i];
@@ -182,17 +183,15 @@ CUresult cuPointerGetAttribute(void* data, int attribute, uint64_t pointer) {
   return SUCCESS;
 }
 
-static int context;
-
 CUresult cuInit(unsigned flags) { return SUCCESS; }
 CUresult cuDriverGetVersion(int* version) { return *version = 13000, SUCCESS; }
 CUresult cuDeviceGetCount(int* count) { return *count = 1, SUCCESS; }
 CUresult cuDeviceGet(int* device, int ordinal) { return *device = ordinal, SUCCESS; }
-CUresult cuCtxGetCurrent(void** current) { return *current = &context, SUCCESS; }
-CUresult cuCtxGetDevice(int* device) { return *device = fake_current, SUCCESS; }
-CUresult cuCtxSetCurrent(void* current) { return SUCCESS; }
-CUresult cuDevicePrimaryCtxRetain(void** primary, int device) {
-  return *primary = &context, SUCCESS;
+CUresult cuCtxGetCurrent(void** context) { return *context = current, SUCCESS; }
+CUresult cuCtxGetDevice(int* device) { return *device = 0, SUCCESS; }
+CUresult cuCtxSetCurrent(void* context) { return current = context, SUCCESS; }
+CUresult cuDevicePrimaryCtxRetain(void** context, int device) {
+  return *context = functions, SUCCESS;
 }
 CUresult cuDevicePrimaryCtxRelease_v2(int device) { return SUCCESS; }
 CUresult cuStreamIsCapturing(void* stream, int* status) { return *status = 0, SUCCESS; }
