@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fusednorm.spec import Gradients, Mask, Spec, compute_dtype, rows_and_columns
+from fusednorm.spec import Gradients, Mask, Spec, compute_dtype, drop_below, rows_and_columns
 
 
 def _by_sample(x: Tensor, spec: Spec, *terms: Tensor | None) -> Tensor:
@@ -189,7 +189,7 @@ def _keep(seed: Tensor | None, x: Tensor, spec: Spec) -> Tensor | None:
     quad = torch.arange(-(-cols // 4), device=x.device)[None, :]
     words = torch.stack(_philox(quad, row & _WORD, row >> 32, torch.zeros_like(row), seed), -1)
     words = words.reshape(words.shape[0], 4 * words.shape[1])[:, :cols]
-    kept = words >= min(round(spec.dropout_p * 2**32), 2**32 - 1)
+    kept = words >= drop_below(spec.dropout_p)
     return kept.to(compute_dtype(x.dtype, spec.h_dtype)) / (1 - spec.dropout_p)
 
 
