@@ -46,7 +46,7 @@ MUTANTS = (
     Mutant(
         "variance counts masked lanes",
         "forward.py",
-        "tl.where(mask, hs[i] - start[:, None], 0.0)",
+        "tl.where(exists, hs[i] - start[:, None], 0.0)",
         "hs[i] - start[:, None]",
         ACCURACY,
         "[769-torch.float32",

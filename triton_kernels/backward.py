@@ -176,16 +176,18 @@ def _without_dz(streams, terms, sums, tile, C: tl.constexpr):
 @triton.jit
 def _resident(streams, terms, sums, tile, C: tl.constexpr):
     """Take a tile whose x_hat and g wait in registers for the row sums; return the sums."""
-    g_x_hat = zeros(C)
-    g_sum = zeros(C)
     x_hats = ()
     gs = ()
     dz_x_hats = ()
     dzs = ()
     for i in tl.static_range(C.CHUNKS):
         x_hat, dz, g = _load_chunk(streams, terms.factors, i, take_chunk(tile, i, C), C)
-        g_x_hat += g * x_hat
-        g_sum += g
+        if i == 0:
+            g_x_hat = g * x_hat
+            g_sum = g
+        else:
+            g_x_hat += g * x_hat
+            g_sum += g
         dz_x_hats += (sums.dz_x_hat[i] + dz * rounded(x_hat, C.X_HAT_DTYPE),)
         dzs += (sums.dz[i] + dz,)
         x_hats += (x_hat,)
@@ -201,14 +203,16 @@ def _resident(streams, terms, sums, tile, C: tl.constexpr):
 @triton.jit
 def _reload(streams, terms, sums, tile, C: tl.constexpr):
     """Take a tile whose h and dz are loaded again after the row sums; return the sums."""
-    g_x_hat = zeros(C)
-    g_sum = zeros(C)
     dz_x_hats = ()
     dzs = ()
     for i in tl.static_range(C.CHUNKS):
         x_hat, dz, g = _load_chunk(streams, terms.factors, i, take_chunk(tile, i, C), C)
-        g_x_hat += g * x_hat
-        g_sum += g
+        if i == 0:
+            g_x_hat = g * x_hat
+            g_sum = g
+        else:
+            g_x_hat += g * x_hat
+            g_sum += g
         dz_x_hats += (sums.dz_x_hat[i] + dz * rounded(x_hat, C.X_HAT_DTYPE),)
         dzs += (sums.dz[i] + dz,)
     c1, c2 = _row_means(streams, g_x_hat, g_sum, C)

@@ -101,20 +101,23 @@ def _resident(stream, norm, tile, eps, RMS: tl.constexpr, C: tl.constexpr):
     hs = ()
     for i in tl.static_range(C.CHUNKS):
         hs += (_load_h(stream, tile, take_chunk(tile, i, C), C),)
-    squares = zeros(C)
     if RMS:
         centred = hs
-        for i in tl.static_range(C.CHUNKS):
+        squares = hs[0] * hs[0]
+        for i in tl.static_range(1, C.CHUNKS):
             squares += hs[i] * hs[i]
         mean = tl.zeros((C.ROWS,), C.COMPUTE)
         rstd = _inverse_deviation(tl.sum(squares, axis=1) / C.N, eps, C)
     else:
         start = sum_chunks(hs) / C.N
         centred = ()
-        residue = zeros(C)
         for i in tl.static_range(C.CHUNKS):
-            mask = take_chunk(tile, i, C).mask
-            centred += (tl.where(mask, hs[i] - start[:, None], 0.0),)
+            # Rows that are not there are 0, and so is their mean.
+            exists = take_chunk(tile, i, C).cols[None, :] < C.N
+            centred += (tl.where(exists, hs[i] - start[:, None], 0.0),)
+        residue = centred[0]
+        squares = centred[0] * centred[0]
+        for i in tl.static_range(1, C.CHUNKS):
             residue += centred[i]
             squares += centred[i] * centred[i]
         residue_sum, squares_sum = sum_pair(residue, squares, C)
