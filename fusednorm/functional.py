@@ -119,9 +119,9 @@ def rms_norm(
     if has_torch_function_variadic(input, weight):
         return handle_torch_function(rms_norm, (input, weight), input, shape, weight, eps)
     eps = _default_eps(input) if eps is None else eps
-    if "cpu" in backends.below_torch:
-        if (y := _by_torch(input, shape, weight, None, eps, rms=True)) is not None:
-            return y
+    below = "cpu" in backends.below_torch
+    if below and (y := _by_torch(input, shape, weight, None, eps, rms=True)) is not None:
+        return y
     if done := _unchecked(input, None, shape, weight, None, eps, rms=True):
         return done[0]
     shape, eps = check_norm("rms_norm", input, normalized_shape, weight, None, eps)

@@ -29,6 +29,7 @@ from fusednorm.spec import (
     Saved,
     Spec,
     compute_dtype,
+    drop_below,
     rows_and_columns,
 )
 
@@ -207,11 +208,6 @@ def _keep(seed: Tensor | None, x: Tensor, spec: Spec) -> Tensor | None:
 
 
 _IN_CACHE = 1 << 17
-
-
-def drop_below(p: float) -> int:
-    """Return the 32-bit random word below which dropout of rate `p` drops an element."""
-    return min(round(p * 2**32), 2**32 - 1)
 
 
 _WORD = 0xFFFFFFFF

@@ -118,6 +118,11 @@ def compute_dtype(*dtypes: torch.dtype | None) -> torch.dtype:
     return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
+def drop_below(p: float) -> int:
+    """Return the 32-bit random word below which dropout of rate `p` drops an element."""
+    return min(round(p * 2**32), 2**32 - 1)
+
+
 def rows_and_columns(x: Tensor, normalized_shape: tuple[int, ...]) -> tuple[int, int]:
     """Return M and N."""
     leading = shape_of(x)[: x.dim() - len(normalized_shape)]

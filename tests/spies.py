@@ -12,9 +12,10 @@ import torch
 
 @dataclass
 class Launch:
-    """One launch: the kernel's name, its arguments by name, and the launch options."""
+    """One launch: the kernel's name, the grid, the arguments by name, and the launch options."""
 
     kernel: str
+    grid: tuple[int, ...]
     arguments: dict[str, Any]
     options: dict[str, Any]
 
@@ -32,7 +33,7 @@ class _Spy:
             own = {name: kwargs[name] for name in kwargs if name in self._signature.parameters}
             options = {name: value for name, value in kwargs.items() if name not in own}
             arguments = self._signature.bind(*args, **own).arguments
-            self._launches.append(Launch(self._name, dict(arguments), options))
+            self._launches.append(Launch(self._name, grid, dict(arguments), options))
             if self._execute:
                 self.kernel[grid](*args, **kwargs)
 

@@ -539,6 +539,20 @@ def launch_every_term(rows: int, dropout_p: float) -> None:
     torch.autograd.grad([z, h], inputs, [torch.empty_like(z), torch.empty_like(z)])
 
 
+@pytest.mark.parametrize("dtype", [BF16, F32, F64], ids=str)
+@pytest.mark.parametrize("rows", [1, 300])
+def test_grids_of_the_longest_rows(
+    meta_launches: list[Launch], rows: int, dtype: torch.dtype
+) -> None:
+    """The second and third axis of a grid end at 65535, so column blocks are on the first."""
+    launch_both(rows, 2**28 + 8, dtype, stride=2**28 + 8)
+    assert len(meta_launches) == 4
+    for launch in meta_launches:
+        first, *others = launch.grid
+        assert first < 2**31, launch.kernel
+        assert all(axis <= 65535 for axis in others), launch.kernel
+
+
 def test_rows_samples_and_rates_compile_nothing(meta_launches: list[Launch]) -> None:
     """With every term neither M nor the number of samples nor the rate is compiled in."""
     for rows in MANY_ROWS:

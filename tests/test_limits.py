@@ -21,7 +21,7 @@ from fusednorm.triton_kernels.config import (
     finalize_tile,
     forward_config,
 )
-from fusednorm.triton_kernels.launch import drop_below
+from fusednorm.spec import drop_below
 
 ALMOST_ONE = math.nextafter(1.0, 0.0)
 BELOW_ZERO = math.nextafter(0.0, -1.0)

@@ -16,70 +16,237 @@ file holds the derivation and the reason for partials.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
-from fusednorm.spec import Gradients, rows_and_columns
+from fusednorm.spec import Gradients, Mask, drop_below, rows_and_columns
 
 from . import launch, plans
-from .config import backward_config, finalize_tile, partial_rows, vector_elements
+from .config import Architecture, RowTile, backward_config, finalize_tile, partial_rows
 from .tile import (
+    Dropout,
+    Rows,
+    Term,
+    Tile,
     cast,
     chunk_columns,
-    kept,
+    constants,
+    dropped_out,
     load_parameter,
+    load_rows,
     load_term,
+    rounded,
     row_offsets,
+    store_rows,
     sum_pair,
-    tile_mask,
+    take_chunk,
+    zeros,
 )
 
 
+class Streams(NamedTuple):
+    """What is read, known and written of a tile's rows.
+
+    Attributes:
+        h: Rows.
+        dz: Rows, absent where z was not used.
+        dh: Rows, absent where h was not used.
+        x: Rows, absent where dgate is not wanted.
+        mean: [ROWS, 1], or None for RMS.
+        rstd: [ROWS, 1].
+        dx: Pointer to [M, N], or None.
+        dresidual: Pointer to [M, N], or None.
+    """
+
+    h: Any
+    dz: Any
+    dh: Any
+    x: Any
+    mean: Any
+    rstd: Any
+    dx: Any
+    dresidual: Any
+
+
+class Terms(NamedTuple):
+    """The chunks of weight * (1 + scale) and of the gate, none where there is none, and dropout."""
+
+    factors: Any
+    gates: Any
+    dropout: Any
+
+
+class Sums(NamedTuple):
+    """Each chunk's [ROWS, BLOCK_N] sums of dz * x_hat, of dz, and of dresidual * dropout(x)."""
+
+    dz_x_hat: Any
+    dz: Any
+    dgate: Any
+
+
+class Output(NamedTuple):
+    """A gradient of `samples` vectors [N] or numbers, and the sums that make it.
+
+    It is partial * factor + addend * addend_factor, where factors are vectors [N]. Whatever it has
+    not is None.
+    """
+
+    ptr: Any
+    numbers: Any
+    samples: Any
+    partial: Any
+    factor: Any
+    addend: Any
+    addend_factor: Any
+
+
 @triton.jit
-def _load_factor(
-    weight_ptr,
-    scale_ptr,
-    scale_stride,
-    samples,
-    cols,
-    N: tl.constexpr,
-    ROWS: tl.constexpr,
-    SCALE_SCALAR: tl.constexpr,
-    TERM_VECTOR: tl.constexpr,
-    COMPUTE: tl.constexpr,
-):
+def _load_factor(weight_ptr, scale, samples, chunk, C: tl.constexpr):
     """Return the tile of weight * (1 + scale), by which dz becomes g; one of them is there."""
-    if scale_ptr is None:
-        return load_parameter(weight_ptr, cols, N, ROWS)
+    if scale.ptr is None:
+        return load_parameter(weight_ptr, chunk, C)
     else:
-        scale = load_term(scale_ptr, scale_stride, samples, cols, N, SCALE_SCALAR, TERM_VECTOR)
-        factor = 1.0 + scale.to(COMPUTE)
+        factor = 1.0 + load_term(scale, samples, chunk.cols, C).to(C.COMPUTE)
         if weight_ptr is not None:
-            factor *= load_parameter(weight_ptr, cols, N, ROWS).to(COMPUTE)
+            factor *= load_parameter(weight_ptr, chunk, C).to(C.COMPUTE)
         return factor
 
 
 @triton.jit
-def _load_chunk(
-    h_rows,
-    dz_rows,
-    factor,
-    mean,
-    rstd,
-    cols,
-    mask,
-    COMPUTE: tl.constexpr,
-):
-    """Load a [ROWS, BLOCK_N] chunk; return x_hat, dz and g = dz * factor."""
-    h = tl.load(h_rows + cols[None, :], mask=mask, other=0.0).to(COMPUTE)
-    dz = tl.load(dz_rows + cols[None, :], mask=mask, other=0.0).to(COMPUTE)
+def _load_chunk(streams, factors, i, chunk, C: tl.constexpr):
+    """Load a [ROWS, BLOCK_N] chunk, the i-th; return x_hat, dz and g = dz * factor."""
+    h = load_rows(streams.h, chunk, C)
+    dz = load_rows(streams.dz, chunk, C)
     # Where the mask ends, x_hat is arbitrary: it is only ever multiplied by dz or g, which are 0.
-    x_hat = h * rstd if mean is None else (h - mean) * rstd
-    if factor is None:
-        return x_hat, dz, dz
+    x_hat = h * streams.rstd if streams.mean is None else (h - streams.mean) * streams.rstd
+    g = dz
+    if len(factors) > 0:
+        g = dz * factors[i].to(C.COMPUTE)
+    return x_hat, dz, g
+
+
+@triton.jit
+def _row_means(streams, g_x_hat, g_sum, C: tl.constexpr):
+    """Return the [ROWS, 1] c1 and c2; RMS has no c2, c1 stands in its place."""
+    if streams.mean is None:
+        c1 = tl.sum(g_x_hat, axis=1) / C.N
+        return c1[:, None], c1[:, None]
     else:
-        return x_hat, dz, dz * factor.to(COMPUTE)
+        c1, c2 = sum_pair(g_x_hat, g_sum, C)
+        return (c1 / C.N)[:, None], (c2 / C.N)[:, None]
+
+
+@triton.jit
+def _through_norm(streams, x_hat, g, c1, c2):
+    """Return a chunk of what dresidual owes to dz."""
+    if streams.mean is None:
+        return streams.rstd * (g - x_hat * c1)
+    else:
+        return streams.rstd * (g - (x_hat * c1 + c2))
+
+
+@triton.jit
+def _store_chunk(streams, terms, dgate, dh, tile, i, C: tl.constexpr):
+    """Add dh as it came in, store dresidual and dx; return the sum for dgate."""
+    chunk = take_chunk(tile, i, C)
+    if streams.dh.ptr is not None:
+        dh += load_rows(streams.dh, chunk, C)
+    store_rows(streams.dresidual, tile, chunk, dh, C)
+    dh = dropped_out(terms.dropout, tile, chunk, dh, C)
+    if streams.x.ptr is not None:
+        dgate += dh * load_rows(streams.x, chunk, C)
+    if len(terms.gates) > 0:
+        dh *= terms.gates[i].to(C.COMPUTE)
+    store_rows(streams.dx, tile, chunk, dh, C)
+    return dgate
+
+
+@triton.jit
+def _without_dz(streams, terms, sums, tile, C: tl.constexpr):
+    """Take a tile whose only gradient is that of h; return the sums with its share added."""
+    dgates = ()
+    for i in tl.static_range(C.CHUNKS):
+        dgates += (_store_chunk(streams, terms, sums.dgate[i], zeros(C), tile, i, C),)
+    return Sums(sums.dz_x_hat, sums.dz, dgates)
+
+
+@triton.jit
+def _resident(streams, terms, sums, tile, C: tl.constexpr):
+    """Take a tile whose x_hat and g wait in registers for the row sums; return the sums."""
+    x_hats = ()
+    gs = ()
+    dz_x_hats = ()
+    dzs = ()
+    for i in tl.static_range(C.CHUNKS):
+        x_hat, dz, g = _load_chunk(streams, terms.factors, i, take_chunk(tile, i, C), C)
+        if i == 0:
+            g_x_hat = g * x_hat
+            g_sum = g
+        else:
+            g_x_hat += g * x_hat
+            g_sum += g
+        dz_x_hats += (sums.dz_x_hat[i] + dz * rounded(x_hat, C.X_HAT_DTYPE),)
+        dzs += (sums.dz[i] + dz,)
+        x_hats += (x_hat,)
+        gs += (g,)
+    c1, c2 = _row_means(streams, g_x_hat, g_sum, C)
+    dgates = ()
+    for i in tl.static_range(C.CHUNKS):
+        dh = _through_norm(streams, x_hats[i], gs[i], c1, c2)
+        dgates += (_store_chunk(streams, terms, sums.dgate[i], dh, tile, i, C),)
+    return Sums(dz_x_hats, dzs, dgates)
+
+
+@triton.jit
+def _reload(streams, terms, sums, tile, C: tl.constexpr):
+    """Take a tile whose h and dz are loaded again after the row sums; return the sums."""
+    dz_x_hats = ()
+    dzs = ()
+    for i in tl.static_range(C.CHUNKS):
+        x_hat, dz, g = _load_chunk(streams, terms.factors, i, take_chunk(tile, i, C), C)
+        if i == 0:
+            g_x_hat = g * x_hat
+            g_sum = g
+        else:
+            g_x_hat += g * x_hat
+            g_sum += g
+        dz_x_hats += (sums.dz_x_hat[i] + dz * rounded(x_hat, C.X_HAT_DTYPE),)
+        dzs += (sums.dz[i] + dz,)
+    c1, c2 = _row_means(streams, g_x_hat, g_sum, C)
+    dgates = ()
+    for i in tl.static_range(C.CHUNKS):
+        x_hat, dz, g = _load_chunk(streams, terms.factors, i, take_chunk(tile, i, C), C)
+        dh = _through_norm(streams, x_hat, g, c1, c2)
+        dgates += (_store_chunk(streams, terms, sums.dgate[i], dh, tile, i, C),)
+    return Sums(dz_x_hats, dzs, dgates)
+
+
+@triton.jit
+def _split(streams, terms, sums, c1, c2, tile, C: tl.constexpr):
+    """Take one chunk of rows whose c1 and c2 are known, or not needed; return the sums."""
+    x_hat, dz, g = _load_chunk(streams, terms.factors, 0, take_chunk(tile, 0, C), C)
+    dh = zeros(C)
+    if c1 is not None:
+        dh = _through_norm(streams, x_hat, g, c1, c2)
+    dgate = _store_chunk(streams, terms, sums.dgate[0], dh, tile, 0, C)
+    dz_x_hat = sums.dz_x_hat[0] + dz * rounded(x_hat, C.X_HAT_DTYPE)
+    return Sums((dz_x_hat,), (sums.dz[0] + dz,), (dgate,))
+
+
+@triton.jit
+def _load_column(ptr, tile):
+    """Return one number of each row, [ROWS, 1]."""
+    return tl.load(ptr + tile.rows, mask=tile.rows < tile.end, other=0.0)[:, None]
+
+
+@triton.jit
+def _store_partial(ptr, offset, cols, sums, N: tl.constexpr):
+    """Store a chunk of the partial row at `offset`; nothing where `ptr` is None."""
+    if ptr is not None:
+        tl.store(ptr + offset + cols, tl.sum(sums, axis=0), mask=cols < N)
 
 
 # No value of M or of a stride may become part of what is compiled.
@@ -108,42 +275,38 @@ def layer_norm_bwd_sums_kernel(
     COMPUTE: tl.constexpr,
 ):
     """Write c1 and c2 of one row per program, for rows too long to keep on chip."""
-    rows = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
-    samples = rows // rows_per_sample if SAMPLED else tl.zeros((1,), tl.int64)
+    C: tl.constexpr = constants(N, 1, BLOCK_N, 1, TERM_VECTOR, COMPUTE)
+    row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
+    samples = row // rows_per_sample if SAMPLED else tl.zeros((1,), tl.int64)
+    tile = Tile(row, row + 1, samples, 0)
+    scale = Term(scale_ptr, scale_ptr if SCALE_SCALAR else None, scale_stride)
     mean = None
     if mean_ptr is not None:
-        mean = tl.load(mean_ptr + rows)[:, None]
-    rstd = tl.load(rstd_ptr + rows)[:, None]
-    dz_rows = dz_ptr + row_offsets(rows, dz_stride, DZ_VECTOR)
-    h_rows = h_ptr + row_offsets(rows, h_stride, H_VECTOR)
-    g_x_hat = tl.zeros((1, BLOCK_N), COMPUTE)
-    g_sum = tl.zeros((1, BLOCK_N), COMPUTE)
+        mean = _load_column(mean_ptr, tile)
+    streams = Streams(
+        h=Rows(h_ptr, row_offsets(row, h_stride, H_VECTOR)),
+        dz=Rows(dz_ptr, row_offsets(row, dz_stride, DZ_VECTOR)),
+        dh=None,
+        x=None,
+        mean=mean,
+        rstd=_load_column(rstd_ptr, tile),
+        dx=None,
+        dresidual=None,
+    )
+    g_x_hat = zeros(C)
+    g_sum = zeros(C)
     for i in tl.range(0, steps):
-        cols = chunk_columns(i, BLOCK_N)
-        mask = cols[None, :] < N
-        factor = None
+        chunk = take_chunk(tile, i, C)
+        factors = ()
         if weight_ptr is not None or scale_ptr is not None:
-            factor = _load_factor(
-                weight_ptr,
-                scale_ptr,
-                scale_stride,
-                samples,
-                cols,
-                N,
-                1,
-                SCALE_SCALAR,
-                TERM_VECTOR,
-                COMPUTE,
-            )
-        x_hat, _, g = _load_chunk(h_rows, dz_rows, factor, mean, rstd, cols, mask, COMPUTE)
+            factors = (_load_factor(weight_ptr, scale, samples, chunk, C),)
+        x_hat, _, g = _load_chunk(streams, factors, 0, chunk, C)
         g_x_hat += g * x_hat
         g_sum += g
-    if c2_ptr is None:
-        tl.store(c1_ptr + rows, tl.sum(g_x_hat, axis=1) / N)
-    else:
-        c1, c2 = sum_pair(g_x_hat, g_sum, 1, BLOCK_N)
-        tl.store(c1_ptr + rows, c1 / N)
-        tl.store(c2_ptr + rows, c2 / N)
+    c1, c2 = _row_means(streams, g_x_hat, g_sum, C)
+    tl.store(c1_ptr + row[:, None], c1)
+    if c2_ptr is not None:
+        tl.store(c2_ptr + row[:, None], c2)
 
 
 @triton.jit(
@@ -211,10 +374,13 @@ def layer_norm_bwd_kernel(
     """Write dx and dresidual of a program's rows, and the partial sums over those rows.
 
     FORM "resident" keeps x_hat and g across the row sums, "reload" loads h and dz again, "split"
-    works on one column block (grid axis 1) with row sums that are known already.
+    works on one column block with row sums that are known already.
     """
-    first_chunk = tl.program_id(1) if FORM == "split" else 0
-    program = tl.program_id(0).to(tl.int64)
+    C: tl.constexpr = constants(N, ROWS, BLOCK_N, CHUNKS, TERM_VECTOR, COMPUTE, None, X_HAT_DTYPE)
+    # One axis of the grid holds all programs: the others end at 65535.
+    BLOCKS: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N if FORM == "split" else 1
+    program = (tl.program_id(0) // BLOCKS).to(tl.int64)
+    first_chunk = tl.program_id(0) % BLOCKS
     samples = tl.zeros((ROWS,), tl.int64)
     if SAMPLED:
         sample = program // programs_per_sample
@@ -225,287 +391,113 @@ def layer_norm_bwd_kernel(
         start = program * rows_per_program
         end = tl.minimum(start + rows_per_program, M)
 
+    gate = Term(gate_ptr, gate_ptr if GATE_SCALAR else None, gate_stride)
+    scale = Term(scale_ptr, scale_ptr if SCALE_SCALAR else None, scale_stride)
+    tile = Tile(start + tl.arange(0, ROWS), end, samples, first_chunk)
     factors = ()
     gates = ()
-    dz_x_hats = ()
-    dz_sums = ()
-    dgates = ()
+    nothing = ()
     for i in tl.static_range(CHUNKS):
-        cols = chunk_columns(first_chunk + i, BLOCK_N)
-        # A tuple cannot hold None.
+        chunk = take_chunk(tile, i, C)
         if weight_ptr is not None or scale_ptr is not None:
-            factors += (
-                _load_factor(
-                    weight_ptr,
-                    scale_ptr,
-                    scale_stride,
-                    samples,
-                    cols,
-                    N,
-                    ROWS,
-                    SCALE_SCALAR,
-                    TERM_VECTOR,
-                    COMPUTE,
-                ),
-            )
+            factors += (_load_factor(weight_ptr, scale, samples, chunk, C),)
         if gate_ptr is not None:
-            gates += (load_term(gate_ptr, gate_stride, samples, cols, N, GATE_SCALAR, TERM_VECTOR),)
-        dz_x_hats += (tl.zeros((ROWS, BLOCK_N), COMPUTE),)
-        dz_sums += (tl.zeros((ROWS, BLOCK_N), COMPUTE),)
-        dgates += (tl.zeros((ROWS, BLOCK_N), COMPUTE),)
+            gates += (load_term(gate, samples, chunk.cols, C),)
+        nothing += (zeros(C),)
+    terms = Terms(factors, gates, Dropout(seed_ptr, drop_below, inverse_keep))
+    sums = Sums(nothing, nothing, nothing)
 
     for row in tl.range(start, end, ROWS, num_stages=NUM_STAGES):
         rows = tl.cast(row, tl.int64) + tl.arange(0, ROWS)
-        masks = ()
-        for i in tl.static_range(CHUNKS):
-            cols = chunk_columns(first_chunk + i, BLOCK_N)
-            masks += (tile_mask(rows, end, cols, N, ROWS),)
-
-        if dz_ptr is not None:
-            mean = None
-            if mean_ptr is not None:
-                mean = tl.load(mean_ptr + rows, mask=rows < end, other=0.0)[:, None]
-            rstd = tl.load(rstd_ptr + rows, mask=rows < end, other=0.0)[:, None]
-            dz_rows = dz_ptr + row_offsets(rows, dz_stride, DZ_VECTOR)
-            h_rows = h_ptr + row_offsets(rows, h_stride, H_VECTOR)
-            x_hats = ()
-            gs = ()
-            g_x_hat = tl.zeros((ROWS, BLOCK_N), COMPUTE)
-            g_sum = tl.zeros((ROWS, BLOCK_N), COMPUTE)
-            next_dz_x_hats = ()
-            next_dz_sums = ()
-            for i in tl.static_range(CHUNKS):
-                cols = chunk_columns(first_chunk + i, BLOCK_N)
-                factor = None if weight_ptr is None and scale_ptr is None else factors[i]
-                x_hat, dz, g = _load_chunk(
-                    h_rows, dz_rows, factor, mean, rstd, cols, masks[i], COMPUTE
-                )
-                g_x_hat += g * x_hat
-                g_sum += g
-                rounded = x_hat
-                if X_HAT_DTYPE is not None:
-                    rounded = cast(x_hat, X_HAT_DTYPE).to(COMPUTE)
-                next_dz_x_hats += (dz_x_hats[i] + dz * rounded,)
-                next_dz_sums += (dz_sums[i] + dz,)
-                if FORM != "reload":
-                    x_hats += (x_hat,)
-                    gs += (g,)
-            dz_x_hats = next_dz_x_hats
-            dz_sums = next_dz_sums
-
-        if dx_ptr is not None or dresidual_ptr is not None or dgate_ptr is not None:
-            if dz_ptr is not None:
-                c2 = None
-                if FORM == "split":
-                    c1 = tl.load(c1_ptr + rows, mask=rows < end, other=0.0)
-                    if c2_ptr is not None:
-                        c2 = tl.load(c2_ptr + rows, mask=rows < end, other=0.0)
-                elif mean_ptr is None:
-                    c1 = tl.sum(g_x_hat, axis=1) / N
-                else:
-                    c1, c2 = sum_pair(g_x_hat, g_sum, ROWS, BLOCK_N)
-                    c1 = c1 / N
-                    c2 = c2 / N
-            places = (rows * N)[:, None]
-            next_dgates = ()
-            for i in tl.static_range(CHUNKS):
-                cols = chunk_columns(first_chunk + i, BLOCK_N)
-                dh = tl.zeros((ROWS, BLOCK_N), COMPUTE)
-                if dz_ptr is not None:
-                    if FORM == "reload":
-                        factor = None if weight_ptr is None and scale_ptr is None else factors[i]
-                        x_hat, _, g = _load_chunk(
-                            h_rows, dz_rows, factor, mean, rstd, cols, masks[i], COMPUTE
-                        )
-                    else:
-                        x_hat = x_hats[i]
-                        g = gs[i]
-                    if c2 is None:
-                        dh = rstd * (g - x_hat * c1[:, None])
-                    else:
-                        dh = rstd * (g - (x_hat * c1[:, None] + c2[:, None]))
-                if dh_ptr is not None:
-                    dh_rows = dh_ptr + row_offsets(rows, dh_stride, DH_VECTOR)
-                    dh += tl.load(dh_rows + cols[None, :], mask=masks[i], other=0.0).to(COMPUTE)
-                if dresidual_ptr is not None:
-                    tl.store(
-                        dresidual_ptr + places + cols[None, :],
-                        cast(dh, dresidual_ptr.dtype.element_ty),
-                        mask=masks[i],
-                    )
-                if seed_ptr is not None:
-                    # Read outside of the loop, its key schedule would keep 20 registers.
-                    seed = tl.load(seed_ptr)
-                    keep = kept(seed, rows, first_chunk + i, drop_below, ROWS, BLOCK_N)
-                    dh = tl.where(keep, dh * tl.full((ROWS, 1), inverse_keep, COMPUTE), 0.0)
-                if dgate_ptr is not None:
-                    x_rows = x_ptr + row_offsets(rows, x_stride, X_VECTOR)
-                    x = tl.load(x_rows + cols[None, :], mask=masks[i], other=0.0).to(COMPUTE)
-                    next_dgates += (dgates[i] + dh * x,)
-                if gate_ptr is not None:
-                    dh *= gates[i].to(COMPUTE)
-                if dx_ptr is not None:
-                    tl.store(
-                        dx_ptr + places + cols[None, :],
-                        cast(dh, dx_ptr.dtype.element_ty),
-                        mask=masks[i],
-                    )
-            if dgate_ptr is not None:
-                dgates = next_dgates
+        tile = Tile(rows, end, samples, first_chunk)
+        mean = None
+        if mean_ptr is not None:
+            mean = _load_column(mean_ptr, tile)
+        streams = Streams(
+            h=Rows(h_ptr, row_offsets(rows, h_stride, H_VECTOR)),
+            dz=Rows(dz_ptr, row_offsets(rows, dz_stride, DZ_VECTOR)),
+            dh=Rows(dh_ptr, row_offsets(rows, dh_stride, DH_VECTOR)),
+            x=Rows(x_ptr, row_offsets(rows, x_stride, X_VECTOR)),
+            mean=mean,
+            rstd=_load_column(rstd_ptr, tile),
+            dx=dx_ptr,
+            dresidual=dresidual_ptr,
+        )
+        if dz_ptr is None:
+            sums = _without_dz(streams, terms, sums, tile, C)
+        elif FORM == "resident":
+            sums = _resident(streams, terms, sums, tile, C)
+        elif FORM == "reload":
+            sums = _reload(streams, terms, sums, tile, C)
+        else:
+            c1 = None
+            c2 = None
+            if c1_ptr is not None:
+                c1 = _load_column(c1_ptr, tile)
+            if c2_ptr is not None:
+                c2 = _load_column(c2_ptr, tile)
+            sums = _split(streams, terms, sums, c1, c2, tile, C)
 
     partial = program * N
     for i in tl.static_range(CHUNKS):
         cols = chunk_columns(first_chunk + i, BLOCK_N)
-        if dz_x_hat_ptr is not None:
-            tl.store(dz_x_hat_ptr + partial + cols, tl.sum(dz_x_hats[i], axis=0), mask=cols < N)
-        if dz_sum_ptr is not None:
-            tl.store(dz_sum_ptr + partial + cols, tl.sum(dz_sums[i], axis=0), mask=cols < N)
-        if dgate_ptr is not None:
-            tl.store(dgate_ptr + partial + cols, tl.sum(dgates[i], axis=0), mask=cols < N)
+        _store_partial(dz_x_hat_ptr, partial, cols, sums.dz_x_hat[i], N)
+        _store_partial(dz_sum_ptr, partial, cols, sums.dz[i], N)
+        _store_partial(dgate_ptr, partial, cols, sums.dgate[i], N)
 
 
 @triton.jit
-def _sum_partials(
-    partial_ptr,
-    first,
-    count,
-    cols,
-    scale_ptr,
-    scale_stride,
-    partials_per_scale,
-    N: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-    SCALE_SCALAR: tl.constexpr,
-    TERM_VECTOR: tl.constexpr,
-):
-    """Return the [COLS] sums of `count` partial rows, each times its 1 + scale if there is one."""
+def _sum_partials(partial_ptr, first, count, cols, scale, per_sample, C: tl.constexpr):
+    """Return the [BLOCK_N] sums of `count` partial rows, each times its 1 + scale if there is one.
+
+    A sample of the scale has `per_sample` of the partial rows.
+    """
     DTYPE: tl.constexpr = partial_ptr.dtype.element_ty
-    total = tl.zeros((ROWS, COLS), DTYPE)
-    for step in tl.range(0, count, ROWS):
-        places = tl.cast(step, tl.int64) + tl.arange(0, ROWS)
-        mask = (places[:, None] < count) & (cols[None, :] < N)
-        offsets = ((first + places) * N)[:, None] + cols[None, :]
+    total = tl.zeros((C.ROWS, C.BLOCK_N), DTYPE)
+    for step in tl.range(0, count, C.ROWS):
+        places = tl.cast(step, tl.int64) + tl.arange(0, C.ROWS)
+        mask = (places[:, None] < count) & (cols[None, :] < C.N)
+        offsets = ((first + places) * C.N)[:, None] + cols[None, :]
         partial = tl.load(partial_ptr + offsets, mask=mask, other=0.0)
-        if scale_ptr is not None:
-            samples = tl.minimum(places, count - 1) // partials_per_scale
-            factor = load_term(scale_ptr, scale_stride, samples, cols, N, SCALE_SCALAR, TERM_VECTOR)
+        if scale.ptr is not None:
+            factor = load_term(scale, tl.minimum(places, count - 1) // per_sample, cols, C)
             partial *= 1.0 + factor.to(DTYPE)
         total += partial
     return tl.sum(total, axis=0)
 
 
 @triton.jit
-def _finalize_parameter(
-    out_ptr,
-    partial_ptr,
-    partials,
-    scale_ptr,
-    scale_stride,
-    partials_per_scale,
-    N: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-    SCALE_SCALAR: tl.constexpr,
-    TERM_VECTOR: tl.constexpr,
-):
-    """Store dweight or dbias of a column block: the sum of all partial rows times 1 + scale."""
-    cols = chunk_columns(tl.program_id(1), COLS)
-    first = tl.zeros((), tl.int64)
-    total = _sum_partials(
-        partial_ptr,
-        first,
-        partials,
-        cols,
-        scale_ptr,
-        scale_stride,
-        partials_per_scale,
-        N,
-        ROWS,
-        COLS,
-        SCALE_SCALAR,
-        TERM_VECTOR,
-    )
-    tl.store(out_ptr + cols, cast(total, out_ptr.dtype.element_ty), mask=cols < N)
-
-
-@triton.jit
-def _term_columns(
-    partial_ptr,
-    factor_ptr,
-    addend_ptr,
-    addend_factor_ptr,
-    first,
-    count,
-    cols,
-    N: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-):
-    """Return the [COLS] sums of partial rows times factor, plus the addend's times its own."""
-    total = _sum_partials(partial_ptr, first, count, cols, None, 0, 1, N, ROWS, COLS, False, 1)
-    if factor_ptr is not None:
-        total *= tl.load(factor_ptr + cols, mask=cols < N, other=0.0).to(total.dtype)
-    if addend_ptr is not None:
-        addend = _sum_partials(addend_ptr, first, count, cols, None, 0, 1, N, ROWS, COLS, False, 1)
-        factor = tl.load(addend_factor_ptr + cols, mask=cols < N, other=0.0)
+def _columns(output, first, count, cols, scale, per_sample, C: tl.constexpr):
+    """Return [BLOCK_N] columns of a gradient from its partial rows."""
+    total = _sum_partials(output.partial, first, count, cols, scale, per_sample, C)
+    if output.factor is not None:
+        total *= tl.load(output.factor + cols, mask=cols < C.N, other=0.0).to(total.dtype)
+    if output.addend is not None:
+        addend = _sum_partials(output.addend, first, count, cols, scale, per_sample, C)
+        factor = tl.load(output.addend_factor + cols, mask=cols < C.N, other=0.0)
         total += addend * factor.to(total.dtype)
     return total
 
 
 @triton.jit
-def _finalize_term(
-    out_ptr,
-    partial_ptr,
-    factor_ptr,
-    addend_ptr,
-    addend_factor_ptr,
-    sample,
-    count,
-    N: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-    SCALAR: tl.constexpr,
-):
-    """Store the gradient of a term's vector, one column block of it, or of its one number."""
-    block = tl.program_id(1)
-    sample = sample.to(tl.int64)
+def _finalize(output, sample, block, count, scale, per_sample, C: tl.constexpr):
+    """Store the gradient of a sample, one column block of its vector or its one number."""
     first = sample * count
-    if SCALAR:
+    if output.numbers is None:
+        cols = chunk_columns(block, C.BLOCK_N)
+        total = _columns(output, first, count, cols, scale, per_sample, C)
+        places = output.ptr + sample * C.N + cols
+        tl.store(places, cast(total, output.ptr.dtype.element_ty), mask=cols < C.N)
+    else:
         if block == 0:
             # N numbers become one, where those of a vector are sums over a few programs.
-            total = tl.zeros((COLS,), tl.float64)
-            for i in tl.range(0, tl.cdiv(N, COLS)):
-                columns = _term_columns(
-                    partial_ptr,
-                    factor_ptr,
-                    addend_ptr,
-                    addend_factor_ptr,
-                    first,
-                    count,
-                    chunk_columns(i, COLS),
-                    N,
-                    ROWS,
-                    COLS,
-                )
+            total = tl.zeros((C.BLOCK_N,), tl.float64)
+            for i in tl.range(0, tl.cdiv(C.N, C.BLOCK_N)):
+                cols = chunk_columns(i, C.BLOCK_N)
+                columns = _columns(output, first, count, cols, scale, per_sample, C)
                 total += columns.to(tl.float64)
-            tl.store(out_ptr + sample, cast(tl.sum(total, axis=0), out_ptr.dtype.element_ty))
-    else:
-        cols = chunk_columns(block, COLS)
-        total = _term_columns(
-            partial_ptr,
-            factor_ptr,
-            addend_ptr,
-            addend_factor_ptr,
-            first,
-            count,
-            cols,
-            N,
-            ROWS,
-            COLS,
-        )
-        places = sample * N + cols
-        tl.store(out_ptr + places, cast(total, out_ptr.dtype.element_ty), mask=cols < N)
+            total = cast(tl.sum(total, axis=0), output.numbers.dtype.element_ty)
+            tl.store(output.numbers + sample, total)
 
 
 @triton.jit(
@@ -542,91 +534,53 @@ def layer_norm_bwd_finalize_kernel(
     SHIFT_SCALAR: tl.constexpr,
     TERM_VECTOR: tl.constexpr,
 ):
-    """Add up partial rows. Grid axis 0 walks the rows of every output, axis 1 the column blocks.
+    """Add up partial rows. The grid walks the rows of every output, and of each its column blocks.
 
     The partial rows of a sample are consecutive.
     """
-    job = tl.program_id(0)
-    partials_per_scale = partials // scale_samples
-    if dweight_ptr is not None:
-        if job == 0:
-            _finalize_parameter(
-                dweight_ptr,
-                dz_x_hat_ptr,
-                partials,
-                scale_ptr,
-                scale_stride,
-                partials_per_scale,
-                N,
-                ROWS,
-                COLS,
-                SCALE_SCALAR,
-                TERM_VECTOR,
-            )
-        job -= 1
-    if dbias_ptr is not None:
-        if job == 0:
-            _finalize_parameter(
-                dbias_ptr,
-                dz_sum_ptr,
-                partials,
-                scale_ptr,
-                scale_stride,
-                partials_per_scale,
-                N,
-                ROWS,
-                COLS,
-                SCALE_SCALAR,
-                TERM_VECTOR,
-            )
-        job -= 1
-    if dscale_ptr is not None:
-        if (job >= 0) & (job < scale_samples):
-            _finalize_term(
-                dscale_ptr,
-                dz_x_hat_ptr,
-                weight_ptr,
-                None if bias_ptr is None else dz_sum_ptr,
-                bias_ptr,
-                job,
-                partials // scale_samples,
-                N,
-                ROWS,
-                COLS,
-                SCALE_SCALAR,
-            )
-        job -= scale_samples.to(tl.int32)
-    if dshift_ptr is not None:
-        if (job >= 0) & (job < shift_samples):
-            _finalize_term(
-                dshift_ptr,
-                dz_sum_ptr,
-                None,
-                None,
-                None,
-                job,
-                partials // shift_samples,
-                N,
-                ROWS,
-                COLS,
-                SHIFT_SCALAR,
-            )
-        job -= shift_samples.to(tl.int32)
-    if dgate_ptr is not None:
-        if (job >= 0) & (job < gate_samples):
-            _finalize_term(
-                dgate_ptr,
-                dgate_partial_ptr,
-                None,
-                None,
-                None,
-                job,
-                partials // gate_samples,
-                N,
-                ROWS,
-                COLS,
-                GATE_SCALAR,
-            )
+    C: tl.constexpr = constants(N, ROWS, COLS, 1, TERM_VECTOR, None)
+    BLOCKS: tl.constexpr = (N + COLS - 1) // COLS
+    block = tl.program_id(0) % BLOCKS
+    job = (tl.program_id(0) // BLOCKS).to(tl.int64)
+    scale = Term(scale_ptr, scale_ptr if SCALE_SCALAR else None, scale_stride)
+    unscaled = Term(None, None, scale_stride)
+    dscale = Output(
+        dscale_ptr,
+        dscale_ptr if SCALE_SCALAR else None,
+        scale_samples,
+        dz_x_hat_ptr,
+        weight_ptr,
+        None if bias_ptr is None else dz_sum_ptr,
+        bias_ptr,
+    )
+    dshift = Output(
+        dshift_ptr,
+        dshift_ptr if SHIFT_SCALAR else None,
+        shift_samples,
+        *(dz_sum_ptr, None, None, None),
+    )
+    dgate = Output(
+        dgate_ptr,
+        dgate_ptr if GATE_SCALAR else None,
+        gate_samples,
+        *(dgate_partial_ptr, None, None, None),
+    )
+    outputs = (
+        Output(dweight_ptr, None, 1, dz_x_hat_ptr, None, None, None),
+        Output(dbias_ptr, None, 1, dz_sum_ptr, None, None, None),
+        dscale,
+        dshift,
+        dgate,
+    )
+    for i in tl.static_range(5):
+        output = outputs[i]
+        if output.ptr is not None:
+            if (job >= 0) & (job < output.samples):
+                count = partials // output.samples
+                # weight and bias have one gradient, whose partial rows differ in scale.
+                weighting = scale if i < 2 else unscaled
+                _finalize(output, job, block, count, weighting, partials // scale_samples, C)
+            job -= output.samples
 
 
 @plans.repeated("triton_backward", tensors=12, device_of=3)
@@ -679,76 +633,19 @@ def layer_norm_bwd(
         last four where dz is None.
     """
     rows, cols = rows_and_columns(h, normalized_shape)
-    shapes = (h, h, gate, weight, bias, scale, shift)
-    dtypes = (x_dtype, residual_dtype)
-    results: list[torch.Tensor | None] = []
-    for index, (like, wanted) in enumerate(zip(shapes, output_mask, strict=True)):
-        if not wanted or like is None or (index > 2 and dz is None):
-            results.append(None)
-            continue
-        make = torch.empty if rows > 0 and cols > 0 else torch.zeros
-        dtype = dtypes[index] if index < 2 else like.dtype
-        results.append(make(like.shape, dtype=dtype, device=h.device))
-    gradients: Gradients = tuple(results)  # type: ignore[assignment]
-    if rows > 0 and cols > 0 and any(gradient is not None for gradient in gradients):
-        _launch(
-            gradients,
-            dz,
-            dh,
-            x,
-            h,
-            mean,
-            rstd,
-            weight,
-            bias,
-            seed,
-            dropout_p,
-            x_hat_dtype,
-            launch.terms(rows, cols, gate, scale, shift),
-            rows,
-            cols,
-        )
-    return gradients
-
-
-def _strided(x: torch.Tensor | None, rows: int, cols: int) -> tuple[torch.Tensor | None, int, int]:
-    """Return a tensor as [M, N], the distance of its rows, and the elements of one access."""
-    if x is None:
-        return None, 0, 1
-    x = launch.as_rows(x, rows, cols)
-    stride = launch.row_stride(x)
-    return x, stride, vector_elements(stride, x.element_size())
-
-
-def _launch(
-    gradients: Gradients,
-    dz: torch.Tensor | None,
-    dh: torch.Tensor | None,
-    x: torch.Tensor | None,
-    h: torch.Tensor,
-    mean: torch.Tensor | None,
-    rstd: torch.Tensor,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    seed: torch.Tensor | None,
-    dropout_p: float,
-    x_hat_dtype: torch.dtype | None,
-    terms: launch.Terms,
-    rows: int,
-    cols: int,
-) -> None:
-    """Fill the gradients, of which at least one is wanted and none is empty."""
+    parameters = (gate, weight, bias, scale, shift)
+    mask = output_mask if dz is not None else (*output_mask[:3], False, False, False, False)
+    gradients = _allocate(h, parameters, (x_dtype, residual_dtype), mask)
+    if rows == 0 or cols == 0 or all(gradient is None for gradient in gradients):
+        return gradients
     dx, dresidual, dgate, dweight, dbias, dscale, dshift = gradients
     through_rows = not (dx is None and dresidual is None and dgate is None)
-    gate, scale, _ = terms.tensors
-    gate_stride, scale_stride, _ = terms.strides
-    if dgate is None:
-        x = None
-    dz, dz_stride, dz_vector = _strided(dz, rows, cols)
-    dh, dh_stride, dh_vector = _strided(dh if through_rows else None, rows, cols)
-    h, h_stride, h_vector = _strided(h, rows, cols)
-    x, x_stride, x_vector = _strided(x, rows, cols)
+    terms = launch.terms(rows, cols, gate, scale, shift)
     weight, bias = launch.vector(weight), launch.vector(bias)
+    dz_rows, dh_rows, h_rows, x_rows = streams = [
+        launch.as_rows(tensor, rows, cols)
+        for tensor in (dz, dh if through_rows else None, h, x if dgate is not None else None)
+    ]
 
     arch = launch.architecture(h.device)
     written = (dx, dresidual) if dx is not None or dresidual is not None else (h,)
@@ -756,70 +653,38 @@ def _launch(
         cols,
         launch.itemsize(rstd.dtype, *written),
         arch,
-        sum(tensor.element_size() for tensor in (dz, dh, h, x) if tensor is not None),
+        sum(stream.tensor.element_size() for stream in streams if stream.tensor is not None),
         gate_gradient=dgate is not None,
     )
     tile = config.tile
     column_blocks = -(-cols // tile.block_n) if config.form == "split" else 1
-    partials = partial_rows(rows, h.element_size(), column_blocks, config, arch)
-    # Programs own rows of one sample each, so that partial rows belong to samples.
-    wanted_per_sample = -(-partials // terms.samples)
-    rows_per_program = -(-terms.rows_per_sample // wanted_per_sample)
-    rows_per_program = -(-rows_per_program // tile.rows) * tile.rows
-    programs_per_sample = -(-terms.rows_per_sample // rows_per_program)
+    wanted = partial_rows(rows, h.element_size(), column_blocks, config, arch)
+    programs_per_sample, rows_per_program = _share_out(wanted, terms, tile)
     programs = programs_per_sample * terms.samples
 
-    def partial(wanted: bool) -> torch.Tensor | None:
-        return plans.scratch(rstd, programs, cols) if wanted else None
+    def partial(needed: bool) -> torch.Tensor | None:
+        return plans.scratch(rstd, programs, cols) if needed else None
 
     dscale_needs_sum = dscale is not None and bias is not None
-    dz_x_hat = partial(dweight is not None or dscale is not None)
-    dz_sum = partial(dbias is not None or dshift is not None or dscale_needs_sum)
-    dgate_partial = partial(dgate is not None)
-
-    constants = dict(terms.constants)
-    shift_scalar = constants.pop("SHIFT_SCALAR")
-    layout = {"N": cols, "DZ_VECTOR": dz_vector, "H_VECTOR": h_vector} | {
-        "COMPUTE": launch.TRITON_DTYPE[rstd.dtype]
-    }
+    partials = (
+        partial(dweight is not None or dscale is not None),
+        partial(dbias is not None or dshift is not None or dscale_needs_sum),
+        partial(dgate is not None),
+    )
     c1 = c2 = None
     with launch.device_guard(h.device):
         if config.sums is not None and through_rows and dz is not None:
-            c1 = plans.scratch(rstd, rows)
-            c2 = None if mean is None else plans.scratch(rstd, rows)
-            plans.start(
-                layer_norm_bwd_sums_kernel,
-                (rows,),
-                dz,
-                h,
-                weight,
-                scale,
-                mean,
-                rstd,
-                c1,
-                c2,
-                dz_stride,
-                h_stride,
-                scale_stride,
-                terms.rows_per_sample,
-                -(-cols // config.sums.block_n),
-                BLOCK_N=config.sums.block_n,
-                SAMPLED=constants["SAMPLED"],
-                SCALE_SCALAR=constants["SCALE_SCALAR"],
-                TERM_VECTOR=constants["TERM_VECTOR"],
-                **layout,
-                **launch.options(config.sums.num_warps, arch),
-            )
+            c1, c2 = _launch_sums(dz_rows, h_rows, mean, rstd, weight, terms, config.sums, arch)
         plans.start(
             layer_norm_bwd_kernel,
-            (programs, column_blocks),
-            dz,
-            dh,
-            h,
-            x,
-            gate,
+            (programs * column_blocks,),
+            dz_rows.tensor,
+            dh_rows.tensor,
+            h_rows.tensor,
+            x_rows.tensor,
+            terms.tensors[0],
             weight,
-            scale,
+            terms.tensors[1],
             seed,
             mean,
             rstd,
@@ -827,69 +692,142 @@ def _launch(
             c2,
             dx,
             dresidual,
-            dz_x_hat,
-            dz_sum,
-            dgate_partial,
+            *partials,
             rows,
-            dz_stride,
-            dh_stride,
-            h_stride,
-            x_stride,
-            gate_stride,
-            scale_stride,
+            dz_rows.stride,
+            dh_rows.stride,
+            h_rows.stride,
+            x_rows.stride,
+            *terms.strides[:2],
             terms.rows_per_sample,
             programs_per_sample,
             rows_per_program,
-            launch.drop_below(dropout_p),
+            drop_below(dropout_p),
             1.0 / (1.0 - dropout_p),
+            N=cols,
             ROWS=tile.rows,
             BLOCK_N=tile.block_n,
             CHUNKS=tile.chunks,
             FORM=config.form,
-            DH_VECTOR=dh_vector,
-            X_VECTOR=x_vector,
+            DZ_VECTOR=dz_rows.vector,
+            DH_VECTOR=dh_rows.vector,
+            H_VECTOR=h_rows.vector,
+            X_VECTOR=x_rows.vector,
             X_HAT_DTYPE=launch.TRITON_DTYPE[x_hat_dtype],
+            COMPUTE=launch.TRITON_DTYPE[rstd.dtype],
             NUM_STAGES=config.num_stages,
-            **layout,
-            **constants,
+            **terms.chosen("SAMPLED", "GATE_SCALAR", "SCALE_SCALAR", "TERM_VECTOR"),
             **launch.options(tile.num_warps, arch, config.programs_per_processor),
         )
-        jobs = (dweight is not None) + (dbias is not None)
-        term_rows = [
-            1 if gradient is None else gradient.shape[0] for gradient in (dscale, dshift, dgate)
-        ]
-        jobs += sum(
-            rows
-            for rows, gradient in zip(term_rows, (dscale, dshift, dgate), strict=True)
-            if gradient is not None
-        )
-        if jobs == 0:
-            return
-        tile = finalize_tile(cols, arch)
-        plans.start(
-            layer_norm_bwd_finalize_kernel,
-            (jobs, -(-cols // tile.block_n)),
-            dz_x_hat,
-            dz_sum,
-            dgate_partial,
-            weight,
-            bias,
-            scale,
-            dweight,
-            dbias,
-            dscale,
-            dshift,
-            dgate,
-            programs,
-            scale_stride,
-            1 if scale is None else scale.shape[0],
-            *term_rows[1:],
-            N=cols,
-            ROWS=tile.rows,
-            COLS=tile.block_n,
-            GATE_SCALAR=constants["GATE_SCALAR"],
-            SCALE_SCALAR=constants["SCALE_SCALAR"],
-            SHIFT_SCALAR=shift_scalar,
-            TERM_VECTOR=constants["TERM_VECTOR"],
-            **launch.options(tile.num_warps, arch),
-        )
+        if any(gradient is not None for gradient in gradients[2:]):
+            _launch_finalize(gradients, partials, programs, weight, bias, terms, cols, arch)
+    return gradients
+
+
+def _allocate(
+    h: torch.Tensor,
+    parameters: tuple[torch.Tensor | None, ...],
+    dtypes: tuple[torch.dtype, torch.dtype],
+    mask: Mask,
+) -> Gradients:
+    """Return gradients to fill, zeros where h is empty; None where not wanted."""
+    make = torch.empty if h.numel() > 0 else torch.zeros
+    likes = [(h, dtype) for dtype in dtypes]
+    likes += [(tensor, getattr(tensor, "dtype", None)) for tensor in parameters]
+    return tuple(  # type: ignore[return-value]
+        make(like.shape, dtype=dtype, device=h.device) if wanted and like is not None else None
+        for (like, dtype), wanted in zip(likes, mask, strict=True)
+    )
+
+
+def _share_out(wanted: int, terms: launch.Terms, tile: RowTile) -> tuple[int, int]:
+    """Return programs a sample and rows a program, for about `wanted` programs.
+
+    Programs own rows of one sample each, so that partial rows belong to samples.
+    """
+    rows = terms.rows_per_sample
+    wanted_per_sample = -(-wanted // terms.samples)
+    rows_per_program = tile.rows * -(-rows // (wanted_per_sample * tile.rows))
+    return -(-rows // rows_per_program), rows_per_program
+
+
+def _launch_sums(
+    dz: launch.Rows,
+    h: launch.Rows,
+    mean: torch.Tensor | None,
+    rstd: torch.Tensor,
+    weight: torch.Tensor | None,
+    terms: launch.Terms,
+    tile: RowTile,
+    arch: Architecture,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return c1 and c2 of every row, as the split form needs them."""
+    rows, cols = h.tensor.shape
+    c1 = plans.scratch(rstd, rows)
+    c2 = None if mean is None else plans.scratch(rstd, rows)
+    plans.start(
+        layer_norm_bwd_sums_kernel,
+        (rows,),
+        dz.tensor,
+        h.tensor,
+        weight,
+        terms.tensors[1],
+        mean,
+        rstd,
+        c1,
+        c2,
+        dz.stride,
+        h.stride,
+        terms.strides[1],
+        terms.rows_per_sample,
+        -(-cols // tile.block_n),
+        N=cols,
+        BLOCK_N=tile.block_n,
+        DZ_VECTOR=dz.vector,
+        H_VECTOR=h.vector,
+        COMPUTE=launch.TRITON_DTYPE[rstd.dtype],
+        **terms.chosen("SAMPLED", "SCALE_SCALAR", "TERM_VECTOR"),
+        **launch.options(tile.num_warps, arch),
+    )
+    return c1, c2
+
+
+def _launch_finalize(
+    gradients: Gradients,
+    partials: tuple[torch.Tensor | None, ...],
+    programs: int,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    terms: launch.Terms,
+    cols: int,
+    arch: Architecture,
+) -> None:
+    """Fill the gradients that are sums over rows, of which at least one is wanted."""
+    _, _, dgate, dweight, dbias, dscale, dshift = gradients
+    scale = terms.tensors[1]
+    samples = [1 if term is None else term.shape[0] for term in (scale, dshift, dgate)]
+    jobs = (dweight is not None) + (dbias is not None)
+    for gradient, rows in zip((dscale, dshift, dgate), samples, strict=True):
+        jobs += 0 if gradient is None else rows
+    tile = finalize_tile(cols, arch)
+    plans.start(
+        layer_norm_bwd_finalize_kernel,
+        (jobs * -(-cols // tile.block_n),),
+        *partials,
+        weight,
+        bias,
+        scale,
+        dweight,
+        dbias,
+        dscale,
+        dshift,
+        dgate,
+        programs,
+        terms.strides[1],
+        *samples,
+        N=cols,
+        ROWS=tile.rows,
+        COLS=tile.block_n,
+        **terms.chosen("GATE_SCALAR", "SCALE_SCALAR", "SHIFT_SCALAR", "TERM_VECTOR"),
+        **launch.options(tile.num_warps, arch),
+    )

@@ -323,12 +323,12 @@ def partial_rows(
 
     A partial row costs 16 bytes a column (two float32 written, then read), a row of x costs
     3 * itemsize (x, dy, dx). Partials stay under 3 % of the traffic while one covers at least
-    180 / itemsize rows; a device with idle processors costs more than that, so a small batch
-    still gets a program for each of them.
+    180 / itemsize rows. A small batch still gets two programs for each processor where two fit: one
+    alone waits for its own rows, and idle processors cost more than partials.
     """
     steps = -(-rows // config.tile.rows)
     cheap = rows * itemsize // 180
-    least = -(-arch.processors // column_blocks)
+    least = -(-arch.processors * min(2, config.programs_per_processor) // column_blocks)
     most = -(-arch.processors * config.programs_per_processor // column_blocks)
     return max(1, min(steps, most, max(least, cheap)))
 

@@ -8,117 +8,172 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
-from fusednorm.spec import compute_dtype, rows_and_columns
+from fusednorm.spec import compute_dtype, drop_below, rows_and_columns
 
 from . import launch, plans
-from .config import forward_config, vector_elements
+from .config import forward_config
 from .tile import (
-    cast,
-    chunk_columns,
-    kept,
+    Dropout,
+    Rows,
+    Term,
+    Tile,
+    constants,
+    dropped_out,
     load_parameter,
+    load_rows,
     load_term,
+    rounded,
     row_offsets,
+    store_rows,
     sum_chunks,
     sum_pair,
-    tile_mask,
+    take_chunk,
+    zeros,
 )
 
 
+class Stream(NamedTuple):
+    """What h is made of."""
+
+    x: Any
+    residual: Any
+    gate: Any
+    dropout: Any
+
+
+class Norm(NamedTuple):
+    """What x_hat becomes, and pointers to where z and h go."""
+
+    weight: Any
+    bias: Any
+    scale: Any
+    shift: Any
+    z: Any
+    h: Any
+
+
 @triton.jit
-def _load_h(
-    x_rows,
-    residual_rows,
-    gate_ptr,
-    gate_stride,
-    seed,
-    drop_below,
-    inverse_keep,
-    rows,
-    samples,
-    chunk,
-    mask,
-    N: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    GATE_SCALAR: tl.constexpr,
-    TERM_VECTOR: tl.constexpr,
-    H_DTYPE: tl.constexpr,
-    COMPUTE: tl.constexpr,
-):
+def _load_h(stream, tile, chunk, C: tl.constexpr):
     """Return a [ROWS, BLOCK_N] chunk of h = residual + gate * dropout(x), rounded as it is stored.
 
     Rounding first makes the statistics, and with them the backward, those of the h that the next
     layer sees. Where the mask ends, h is 0.
     """
-    cols = chunk_columns(chunk, BLOCK_N)
-    h = tl.load(x_rows + cols[None, :], mask=mask, other=0.0).to(COMPUTE)
-    if seed is not None:
-        keep = kept(seed, rows, chunk, drop_below, ROWS, BLOCK_N)
-        h = tl.where(keep, h * tl.full((ROWS, 1), inverse_keep, COMPUTE), 0.0)
-    if gate_ptr is not None:
-        h *= load_term(gate_ptr, gate_stride, samples, cols, N, GATE_SCALAR, TERM_VECTOR).to(
-            COMPUTE
-        )
-    if residual_rows is not None:
-        h += tl.load(residual_rows + cols[None, :], mask=mask, other=0.0).to(COMPUTE)
-    if H_DTYPE is not None:
-        h = cast(h, H_DTYPE).to(COMPUTE)
-    return h
+    h = dropped_out(stream.dropout, tile, chunk, load_rows(stream.x, chunk, C), C)
+    if stream.gate.ptr is not None:
+        h *= load_term(stream.gate, tile.samples, chunk.cols, C).to(C.COMPUTE)
+    if stream.residual.ptr is not None:
+        h += load_rows(stream.residual, chunk, C)
+    return rounded(h, C.H_DTYPE)
 
 
 @triton.jit
-def _store_chunk(
-    z_ptr,
-    h_ptr,
-    weight_ptr,
-    bias_ptr,
-    scale_ptr,
-    scale_stride,
-    shift_ptr,
-    shift_stride,
-    h,
-    centred,
-    rstd,
-    offset,
-    rows,
-    samples,
-    chunk,
-    mask,
-    N: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    SCALE_SCALAR: tl.constexpr,
-    SHIFT_SCALAR: tl.constexpr,
-    TERM_VECTOR: tl.constexpr,
-    X_HAT_DTYPE: tl.constexpr,
-    COMPUTE: tl.constexpr,
-):
-    """Scale a [ROWS, BLOCK_N] chunk, centred up to `offset`, to z; store z, and h where wanted."""
-    cols = chunk_columns(chunk, BLOCK_N)
-    places = (rows * N)[:, None] + cols[None, :]
-    if h_ptr is not None:
-        tl.store(h_ptr + places, cast(h, h_ptr.dtype.element_ty), mask=mask)
-    z = centred * rstd[:, None]
-    if offset is not None:
-        z -= offset[:, None]
-    if X_HAT_DTYPE is not None:
-        z = cast(z, X_HAT_DTYPE).to(COMPUTE)
-    if weight_ptr is not None:
-        z = z * load_parameter(weight_ptr, cols, N, ROWS).to(COMPUTE)
-    if bias_ptr is not None:
-        z = z + load_parameter(bias_ptr, cols, N, ROWS).to(COMPUTE)
-    if scale_ptr is not None:
-        scale = load_term(scale_ptr, scale_stride, samples, cols, N, SCALE_SCALAR, TERM_VECTOR)
-        z = z * (1.0 + scale.to(COMPUTE))
-    if shift_ptr is not None:
-        shift = load_term(shift_ptr, shift_stride, samples, cols, N, SHIFT_SCALAR, TERM_VECTOR)
-        z = z + shift.to(COMPUTE)
-    tl.store(z_ptr + places, cast(z, z_ptr.dtype.element_ty), mask=mask)
+def _store_z(norm, tile, chunk, x_hat, C: tl.constexpr):
+    """Store a [ROWS, BLOCK_N] chunk of z = (x_hat * weight + bias) * (1 + scale) + shift."""
+    z = rounded(x_hat, C.X_HAT_DTYPE)
+    if norm.weight is not None:
+        z = z * load_parameter(norm.weight, chunk, C).to(C.COMPUTE)
+    if norm.bias is not None:
+        z = z + load_parameter(norm.bias, chunk, C).to(C.COMPUTE)
+    if norm.scale.ptr is not None:
+        scale = load_term(norm.scale, tile.samples, chunk.cols, C)
+        z = z * (1.0 + scale.to(C.COMPUTE))
+    if norm.shift.ptr is not None:
+        z = z + load_term(norm.shift, tile.samples, chunk.cols, C).to(C.COMPUTE)
+    store_rows(norm.z, tile, chunk, z, C)
+
+
+@triton.jit
+def _inverse_deviation(var, eps, C: tl.constexpr):
+    """Return the [ROWS] rstd."""
+    return tl.rsqrt(var + tl.full((C.ROWS,), eps, C.COMPUTE))
+
+
+@triton.jit
+def _resident(stream, norm, tile, eps, RMS: tl.constexpr, C: tl.constexpr):
+    """Normalise rows that stay in registers, and return their mean and rstd."""
+    hs = ()
+    for i in tl.static_range(C.CHUNKS):
+        hs += (_load_h(stream, tile, take_chunk(tile, i, C), C),)
+    if RMS:
+        centred = hs
+        squares = hs[0] * hs[0]
+        for i in tl.static_range(1, C.CHUNKS):
+            squares += hs[i] * hs[i]
+        mean = tl.zeros((C.ROWS,), C.COMPUTE)
+        rstd = _inverse_deviation(tl.sum(squares, axis=1) / C.N, eps, C)
+    else:
+        start = sum_chunks(hs) / C.N
+        centred = ()
+        for i in tl.static_range(C.CHUNKS):
+            # Rows that are not there are 0, and so is their mean.
+            exists = take_chunk(tile, i, C).cols[None, :] < C.N
+            centred += (tl.where(exists, hs[i] - start[:, None], 0.0),)
+        residue = centred[0]
+        squares = centred[0] * centred[0]
+        for i in tl.static_range(1, C.CHUNKS):
+            residue += centred[i]
+            squares += centred[i] * centred[i]
+        residue_sum, squares_sum = sum_pair(residue, squares, C)
+        correction = residue_sum / C.N
+        mean = start + correction
+        rstd = _inverse_deviation(squares_sum / C.N - correction * correction, eps, C)
+    for i in tl.static_range(C.CHUNKS):
+        chunk = take_chunk(tile, i, C)
+        store_rows(norm.h, tile, chunk, hs[i], C)
+        x_hat = centred[i] * rstd[:, None]
+        if not RMS:
+            x_hat -= (correction * rstd)[:, None]
+        _store_z(norm, tile, chunk, x_hat, C)
+    return mean, rstd
+
+
+@triton.jit
+def _looped(stream, norm, tile, eps, steps, RMS: tl.constexpr, C: tl.constexpr):
+    """Normalise rows that are walked twice, chunk by chunk, and return their mean and rstd."""
+    # Differences from the mean of the first chunk are small however large the mean is.
+    first = _load_h(stream, tile, take_chunk(tile, 0, C), C)
+    start = tl.sum(first, axis=1) / C.BLOCK_N
+    # One Welford accumulator per lane: no reduction across lanes until the row has been read.
+    lane_mean = zeros(C)
+    lane_m2 = zeros(C)
+    lane_count = zeros(C)
+    for i in tl.range(0, steps):
+        chunk = take_chunk(tile, i, C)
+        h = _load_h(stream, tile, chunk, C)
+        if RMS:
+            lane_m2 += h * h
+        else:
+            delta = tl.where(chunk.mask, h - start[:, None] - lane_mean, 0.0)
+            step = delta / (i + 1)
+            lane_mean += step
+            lane_m2 += delta * (delta - step)
+            lane_count += chunk.mask.to(C.COMPUTE)
+    if RMS:
+        mean = tl.zeros((C.ROWS,), C.COMPUTE)
+        var = tl.sum(lane_m2, axis=1) / C.N
+    else:
+        correction = tl.sum(lane_mean * (lane_count / C.N), axis=1)
+        offset = lane_mean - correction[:, None]
+        mean = start + correction
+        var = tl.sum(offset * offset * lane_count + lane_m2, axis=1) / C.N
+    rstd = _inverse_deviation(var, eps, C)
+    for i in tl.range(0, steps):
+        chunk = take_chunk(tile, i, C)
+        h = _load_h(stream, tile, chunk, C)
+        store_rows(norm.h, tile, chunk, h, C)
+        if RMS:
+            x_hat = h * rstd[:, None]
+        else:
+            x_hat = (h - start[:, None]) * rstd[:, None] - (correction * rstd)[:, None]
+        _store_z(norm, tile, chunk, x_hat, C)
+    return mean, rstd
 
 
 # No value of M or of a stride may become part of what is compiled.
@@ -176,210 +231,31 @@ def layer_norm_fwd_kernel(
     X_HAT_DTYPE: tl.constexpr,  # dtype that x_hat is rounded to, or None
     COMPUTE: tl.constexpr,
 ):
+    C: tl.constexpr = constants(
+        N, ROWS, BLOCK_N, CHUNKS, TERM_VECTOR, COMPUTE, H_DTYPE, X_HAT_DTYPE
+    )
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     samples = tl.zeros((ROWS,), tl.int64)
     if SAMPLED:
         samples = tl.minimum(rows, M - 1) // rows_per_sample
-    x_rows = x_ptr + row_offsets(rows, x_stride, X_VECTOR)
-    residual_rows = residual_ptr
-    if residual_ptr is not None:
-        residual_rows = residual_ptr + row_offsets(rows, residual_stride, RESIDUAL_VECTOR)
-
-    seed = seed_ptr
-    if seed_ptr is not None:
-        seed = tl.load(seed_ptr)
-
+    tile = Tile(rows, M, samples, 0)
+    stream = Stream(
+        Rows(x_ptr, row_offsets(rows, x_stride, X_VECTOR)),
+        Rows(residual_ptr, row_offsets(rows, residual_stride, RESIDUAL_VECTOR)),
+        Term(gate_ptr, gate_ptr if GATE_SCALAR else None, gate_stride),
+        Dropout(seed_ptr, drop_below, inverse_keep),
+    )
+    scale = Term(scale_ptr, scale_ptr if SCALE_SCALAR else None, scale_stride)
+    shift = Term(shift_ptr, shift_ptr if SHIFT_SCALAR else None, shift_stride)
+    norm = Norm(weight_ptr, bias_ptr, scale, shift, z_ptr, h_ptr)
     if LOOPED:
-        # Differences from the mean of the first chunk are small however large the mean is.
-        mask = tile_mask(rows, M, chunk_columns(0, BLOCK_N), N, ROWS)
-        first = _load_h(
-            x_rows,
-            residual_rows,
-            gate_ptr,
-            gate_stride,
-            seed,
-            drop_below,
-            inverse_keep,
-            rows,
-            samples,
-            0,
-            mask,
-            N,
-            ROWS,
-            BLOCK_N,
-            GATE_SCALAR,
-            TERM_VECTOR,
-            H_DTYPE,
-            COMPUTE,
-        )
-        shift = tl.sum(first, axis=1) / BLOCK_N
-        # One Welford accumulator per lane: no reduction across lanes until the row has been read.
-        lane_mean = tl.zeros((ROWS, BLOCK_N), COMPUTE)
-        lane_m2 = tl.zeros((ROWS, BLOCK_N), COMPUTE)
-        lane_count = tl.zeros((ROWS, BLOCK_N), COMPUTE)
-        for i in tl.range(0, steps):
-            mask = tile_mask(rows, M, chunk_columns(i, BLOCK_N), N, ROWS)
-            h = _load_h(
-                x_rows,
-                residual_rows,
-                gate_ptr,
-                gate_stride,
-                seed,
-                drop_below,
-                inverse_keep,
-                rows,
-                samples,
-                i,
-                mask,
-                N,
-                ROWS,
-                BLOCK_N,
-                GATE_SCALAR,
-                TERM_VECTOR,
-                H_DTYPE,
-                COMPUTE,
-            )
-            if RMS:
-                lane_m2 += h * h
-            else:
-                delta = tl.where(mask, h - shift[:, None] - lane_mean, 0.0)
-                step = delta / (i + 1)
-                lane_mean += step
-                lane_m2 += delta * (delta - step)
-                lane_count += mask.to(COMPUTE)
-        if RMS:
-            var = tl.sum(lane_m2, axis=1) / N
-        else:
-            correction = tl.sum(lane_mean * (lane_count / N), axis=1)
-            offset = lane_mean - correction[:, None]
-            var = tl.sum(offset * offset * lane_count + lane_m2, axis=1) / N
-        rstd = tl.rsqrt(var + tl.full((ROWS,), eps, COMPUTE))
-        for i in tl.range(0, steps):
-            mask = tile_mask(rows, M, chunk_columns(i, BLOCK_N), N, ROWS)
-            h = _load_h(
-                x_rows,
-                residual_rows,
-                gate_ptr,
-                gate_stride,
-                seed,
-                drop_below,
-                inverse_keep,
-                rows,
-                samples,
-                i,
-                mask,
-                N,
-                ROWS,
-                BLOCK_N,
-                GATE_SCALAR,
-                TERM_VECTOR,
-                H_DTYPE,
-                COMPUTE,
-            )
-            _store_chunk(
-                z_ptr,
-                h_ptr,
-                weight_ptr,
-                bias_ptr,
-                scale_ptr,
-                scale_stride,
-                shift_ptr,
-                shift_stride,
-                h,
-                h if RMS else h - shift[:, None],
-                rstd,
-                None if RMS else correction * rstd,
-                rows,
-                samples,
-                i,
-                mask,
-                N,
-                ROWS,
-                BLOCK_N,
-                SCALE_SCALAR,
-                SHIFT_SCALAR,
-                TERM_VECTOR,
-                X_HAT_DTYPE,
-                COMPUTE,
-            )
+        mean, rstd = _looped(stream, norm, tile, eps, steps, RMS, C)
     else:
-        masks = ()
-        hs = ()
-        for i in tl.static_range(CHUNKS):
-            masks += (tile_mask(rows, M, chunk_columns(i, BLOCK_N), N, ROWS),)
-            hs += (
-                _load_h(
-                    x_rows,
-                    residual_rows,
-                    gate_ptr,
-                    gate_stride,
-                    seed,
-                    drop_below,
-                    inverse_keep,
-                    rows,
-                    samples,
-                    i,
-                    masks[i],
-                    N,
-                    ROWS,
-                    BLOCK_N,
-                    GATE_SCALAR,
-                    TERM_VECTOR,
-                    H_DTYPE,
-                    COMPUTE,
-                ),
-            )
-        squares = tl.zeros((ROWS, BLOCK_N), COMPUTE)
-        if RMS:
-            centred = hs
-            for i in tl.static_range(CHUNKS):
-                squares += hs[i] * hs[i]
-            var = tl.sum(squares, axis=1) / N
-        else:
-            shift = sum_chunks(hs) / N
-            centred = ()
-            residue = tl.zeros((ROWS, BLOCK_N), COMPUTE)
-            for i in tl.static_range(CHUNKS):
-                centred += (tl.where(masks[i], hs[i] - shift[:, None], 0.0),)
-                residue += centred[i]
-                squares += centred[i] * centred[i]
-            residue_sum, squares_sum = sum_pair(residue, squares, ROWS, BLOCK_N)
-            correction = residue_sum / N
-            var = squares_sum / N - correction * correction
-        rstd = tl.rsqrt(var + tl.full((ROWS,), eps, COMPUTE))
-        for i in tl.static_range(CHUNKS):
-            _store_chunk(
-                z_ptr,
-                h_ptr,
-                weight_ptr,
-                bias_ptr,
-                scale_ptr,
-                scale_stride,
-                shift_ptr,
-                shift_stride,
-                hs[i],
-                centred[i],
-                rstd,
-                None if RMS else correction * rstd,
-                rows,
-                samples,
-                i,
-                masks[i],
-                N,
-                ROWS,
-                BLOCK_N,
-                SCALE_SCALAR,
-                SHIFT_SCALAR,
-                TERM_VECTOR,
-                X_HAT_DTYPE,
-                COMPUTE,
-            )
-
-    row_mask = rows < M
+        mean, rstd = _resident(stream, norm, tile, eps, RMS, C)
     if mean_ptr is not None:
-        tl.store(mean_ptr + rows, shift + correction, mask=row_mask)
+        tl.store(mean_ptr + rows, mean, mask=rows < M)
     if rstd_ptr is not None:
-        tl.store(rstd_ptr + rows, rstd, mask=row_mask)
+        tl.store(rstd_ptr + rows, rstd, mask=rows < M)
 
 
 @plans.repeated("triton_forward", tensors=8, device_of=0)
@@ -439,13 +315,7 @@ def layer_norm_fwd(
         mean = None if rms else torch.empty_like(rstd)
     if z.numel() == 0:
         return z, h, mean, rstd
-    x = launch.as_rows(x, rows, cols)
-    stride = launch.row_stride(x)
-    residual_stride, residual_vector = 0, 1
-    if residual is not None:
-        residual = launch.as_rows(residual, rows, cols)
-        residual_stride = launch.row_stride(residual)
-        residual_vector = vector_elements(residual_stride, residual.element_size())
+    x_rows, residual_rows = (launch.as_rows(t, rows, cols) for t in (x, residual))
     terms = launch.terms(rows, cols, gate, scale, shift)
     gate, scale, shift = terms.tensors
     arch = launch.architecture(x.device)
@@ -455,8 +325,8 @@ def layer_norm_fwd(
         plans.start(
             layer_norm_fwd_kernel,
             (-(-rows // tile.rows),),
-            x,
-            residual,
+            x_rows.tensor,
+            residual_rows.tensor,
             gate,
             launch.vector(weight),
             launch.vector(bias),
@@ -468,12 +338,12 @@ def layer_norm_fwd(
             mean,
             rstd,
             rows,
-            stride,
-            residual_stride,
+            x_rows.stride,
+            residual_rows.stride,
             *terms.strides,
             terms.rows_per_sample,
             -(-cols // tile.block_n),
-            launch.drop_below(dropout_p),
+            drop_below(dropout_p),
             1.0 / (1.0 - dropout_p),
             eps,
             N=cols,
@@ -482,8 +352,8 @@ def layer_norm_fwd(
             CHUNKS=tile.chunks,
             LOOPED=config.looped,
             RMS=rms,
-            X_VECTOR=vector_elements(stride, x.element_size()),
-            RESIDUAL_VECTOR=residual_vector,
+            X_VECTOR=x_rows.vector,
+            RESIDUAL_VECTOR=residual_rows.vector,
             H_DTYPE=launch.TRITON_DTYPE[h_dtype],
             X_HAT_DTYPE=launch.TRITON_DTYPE[x_hat_dtype],
             COMPUTE=launch.TRITON_DTYPE[compute],

@@ -52,10 +52,30 @@ def options(num_warps: int, arch: Architecture, programs: int = 1) -> dict[str, 
     return chosen
 
 
-def as_rows(x: torch.Tensor, rows: int, cols: int) -> torch.Tensor:
-    """Return `x` as [M, N] with adjacent columns: a view if its strides allow one, else a copy."""
+class Rows(NamedTuple):
+    """A tensor as the kernels index it.
+
+    Attributes:
+        tensor: [M, N] with adjacent columns, or None.
+        stride: Elements from one row to the next; a lone row has the stride that it would have in
+            a batch.
+        vector: Elements that may be loaded at once.
+    """
+
+    tensor: torch.Tensor | None
+    stride: int
+    vector: int
+
+
+def as_rows(x: torch.Tensor | None, rows: int, cols: int) -> Rows:
+    """Return a tensor of M x N elements: a view if its strides allow one, else a copy."""
+    if x is None:
+        return Rows(None, 0, 1)
     x = x.reshape(rows, cols)
-    return x if x.stride(1) == 1 or cols == 1 else x.contiguous()
+    if x.stride(1) != 1 and cols != 1:
+        x = x.contiguous()
+    stride = x.stride(0) if rows > 1 else cols
+    return Rows(x, stride, vector_elements(stride, x.element_size()))
 
 
 def itemsize(compute: torch.dtype, *written: torch.Tensor | None) -> int:
@@ -69,19 +89,9 @@ def itemsize(compute: torch.dtype, *written: torch.Tensor | None) -> int:
     return max(tensor.element_size() for tensor in written if tensor is not None)
 
 
-def row_stride(x: torch.Tensor) -> int:
-    """Return the distance of two rows; a lone row gets the one it would have in a batch."""
-    return x.stride(0) if x.shape[0] > 1 else x.shape[1]
-
-
 def vector(parameter: torch.Tensor | None) -> torch.Tensor | None:
     """Return a weight or bias whose elements are adjacent, as the kernels index it."""
     return None if parameter is None else parameter.contiguous()
-
-
-def drop_below(p: float) -> int:
-    """Return the 32-bit random word below which dropout of rate `p` drops an element."""
-    return min(round(p * 2**32), 2**32 - 1)
 
 
 class Terms(NamedTuple):
@@ -100,6 +110,10 @@ class Terms(NamedTuple):
     rows_per_sample: int
     samples: int
     constants: dict[str, object]
+
+    def chosen(self, *names: str) -> dict[str, object]:
+        """Return the constants that a kernel takes."""
+        return {name: self.constants[name] for name in names}
 
 
 def terms(rows: int, cols: int, *tensors: torch.Tensor | None) -> Terms:
