@@ -1,10 +1,12 @@
-"""Train one small character-level GPT twice: with `nn.LayerNorm`, and with fusednorm in its place.
+"""Train one small character-level GPT twice: with `nn.LayerNorm`, and with fusednorm below it.
 
 Both runs start from the same weights and see the same batches of the manual that ships with every
 CPython, so whatever differs between the two loss curves comes from the norms alone. By default the
-norms of the second model are swapped; with --fused each also does the residual addition before it.
+second model is the same code while `fusednorm.enable()` holds. With --swap its norms are replaced
+instead; with --fused each also does the residual addition before it.
 
     python examples/train_gpt.py
+    python examples/train_gpt.py --dtype bf16
     python examples/train_gpt.py --fused
     python examples/train_gpt.py --dtype bf16 --layers 12 --heads 12 --width 768 --lr 6e-4  # GPU
 """
@@ -12,7 +14,9 @@ norms of the second model are swapped; with --fused each also does the residual 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
+import functools
 import math
 import os
 import platform
@@ -175,6 +179,7 @@ class Run:
     forward: Callable[..., Tensor]  # the model, compiled where that was asked for
     loss: Loss
     optimizer: torch.optim.Optimizer
+    surroundings: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
     losses: list[float] = field(default_factory=list)
     step_seconds: list[float] = field(default_factory=list)
     norm_seconds: float = math.nan  # forward and backward of all norms of one step
@@ -247,7 +252,8 @@ def train(runs: Sequence[Run], draw: Callable[[], Any], args: argparse.Namespace
         # that is still in cache, then favours neither run.
         for run in runs if step % 2 == 0 else reversed(runs):
             set_learning_rate(run, learning_rate(step, args.steps, args.lr))
-            loss, seconds = timed_step(run, batch, args)
+            with run.surroundings():
+                loss, seconds = timed_step(run, batch, args)
             run.losses.append(loss)
             run.step_seconds.append(seconds)
         bar.set_postfix({run.name: f"{run.losses[-1]:.3f}" for run in runs}, refresh=False)
@@ -349,12 +355,13 @@ def device_seconds(function: Callable[[], object], device: torch.device) -> floa
 def measure_norms(runs: Sequence[Run], batch: Tensor, args: argparse.Namespace) -> None:
     """Time the norms of a step and, right beside, whole steps: both see the same machine."""
     for run in runs:
-        replay = norm_replay(run, batch, args)
         set_learning_rate(run, 0.0)  # the model stays as it was trained
-        pairs = [
-            (device_seconds(replay, args.device), timed_step(run, batch, args)[1])
-            for _ in range(25)
-        ][5:]
+        with run.surroundings():
+            replay = norm_replay(run, batch, args)
+            pairs = [
+                (device_seconds(replay, args.device), timed_step(run, batch, args)[1])
+                for _ in range(25)
+            ][5:]
         run.norm_seconds = median(norms for norms, _ in pairs)
         run.norm_share = median(norms / step for norms, step in pairs)
 
@@ -558,7 +565,12 @@ def parse_args(argv: Sequence[str] | None, longest_context: int) -> argparse.Nam
     parser = base_parser(__doc__)
     parser.set_defaults(steps=800, batch_size=16, layers=3, width=128, lr=2e-3)
     add = parser.add_argument
-    add("--fused", action="store_true", help="fuse each norm with the residual addition before it")
+    ways = parser.add_mutually_exclusive_group()
+    for way, text in (
+        ("--swap", "replace the norms of the second model in place of enabling the kernels"),
+        ("--fused", "fuse each norm with the residual addition before it"),
+    ):
+        ways.add_argument(way, action="store_true", help=text)
     add("--context", type=at_least(int, 1), default=64, help="characters per sample")
     add("--plot", type=Path, default=Path("train_gpt.png"), help="where the curves go (PNG)")
     add("--sample-chars", type=at_least(int, 1), default=400, help="length of the sample")
@@ -568,6 +580,25 @@ def parse_args(argv: Sequence[str] | None, longest_context: int) -> argparse.Nam
         parser.error(f"argument --context: expected at most {longest_context}, got {args.context}")
     check_writable(parser, args.plot)
     return args
+
+
+def start_fused(model: GPT, args: argparse.Namespace) -> tuple[Run, str]:
+    """Return the run with our norms, and what makes them ours."""
+    if args.fused:
+        model.add_norm = fused_add_norm
+        change = f"fused the {2 * args.layers} residual additions into the norms after them"
+        return Run.start("fused blocks", model, mean_loss, args), change
+    if not args.swap:
+        try:
+            fusednorm.enable(args.device).disable()
+        except ValueError as error:
+            print(f"swapped, since nothing can be enabled here: {error}")
+        else:
+            run = Run.start("enabled", model, mean_loss, args)
+            run.surroundings = functools.partial(fusednorm.enable, args.device)
+            return run, "fusednorm.enable(): torch's norms run in our kernels in every second step"
+    report = str(fusednorm.replace_norms(model))
+    return Run.start("fusednorm", model, mean_loss, args), report
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -580,14 +611,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.manual_seed(args.seed)
     model = GPT(len(corpus.vocab), args.context, args.layers, args.heads, args.width)
     model.to(args.device)
-    fused_model = copy.deepcopy(model)
-    if args.fused:
-        fused_model.add_norm = fused_add_norm
-        change = f"fused the {2 * args.layers} residual additions into the norms after them"
-    else:
-        change = str(fusednorm.replace_norms(fused_model))
     baseline = Run.start("nn.LayerNorm", model, mean_loss, args)
-    fused = Run.start("fused blocks" if args.fused else "fusednorm", fused_model, mean_loss, args)
+    fused, change = start_fused(copy.deepcopy(model), args)
     runs = (baseline, fused)
     generator = torch.Generator().manual_seed(args.seed)
 
@@ -605,13 +630,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     print(change)
     example = torch.empty(args.batch_size, args.context, args.width, device=args.device)
-    print(fusednorm.backends.explain(example), flush=True)
+    with fused.surroundings():
+        print(fusednorm.backends.explain(example), flush=True)
 
     for run in runs:
-        run.valid_before = validation_loss(run.model, corpus.valid, args)
+        with run.surroundings():
+            run.valid_before = validation_loss(run.model, corpus.valid, args)
     train(runs, draw, args)
     for run in runs:
-        run.valid_after = validation_loss(run.model, corpus.valid, args)
+        with run.surroundings():
+            run.valid_after = validation_loss(run.model, corpus.valid, args)
     measure_norms(runs, draw(), args)
 
     print_curves(baseline, fused)

@@ -84,6 +84,7 @@ def printed_difference(output: str) -> float:
     [
         ("--device cpu", 1e-4),
         ("--device cpu --dtype bf16", 1e-2),
+        ("--device cpu --swap", 1e-4),
         ("--device cpu --fused", 1e-4),
         pytest.param("--device cuda", 1e-4, marks=needs_gpu),
         pytest.param("--device cuda --dtype bf16 --compile", 1e-2, marks=needs_gpu),
@@ -121,6 +122,7 @@ def test_train_gpt_curves_agree(tmp_path: Path, options: str, tolerance: float) 
         ("--device cuda:99", "--device"),
         ("--seed -1", "--seed"),
         ("--plot no/such/folder/curves.png", "--plot"),
+        ("--swap --fused", "--fused"),
         ("--no-such-option", "--no-such-option"),
     ],
 )

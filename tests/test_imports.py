@@ -34,8 +34,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 IMPLEMENTATIONS = frozenset(FLOORS[-3])
 LEAVES = frozenset(FLOORS[-1])
-# What looks behind the public API, at the launch policy.
-BEHIND_THE_API = frozenset({"bench.tune"})
+# What looks behind the public API, at the launch policy, and below the operators of others.
+BEHIND_THE_API = frozenset({"bench.tune", "bench.enabled"})
 
 
 @dataclass(frozen=True)

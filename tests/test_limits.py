@@ -15,13 +15,13 @@ from torch import Tensor
 
 import fusednorm
 from fusednorm import backends, reference
+from fusednorm.spec import drop_below
 from fusednorm.triton_kernels.config import (
     Architecture,
     backward_config,
     finalize_tile,
     forward_config,
 )
-from fusednorm.spec import drop_below
 
 ALMOST_ONE = math.nextafter(1.0, 0.0)
 BELOW_ZERO = math.nextafter(0.0, -1.0)

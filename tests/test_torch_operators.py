@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 import fusednorm
 from fusednorm import backends, torch_operators
@@ -798,3 +799,54 @@ def test_launchers_run_under_torchs_autograd(request: pytest.FixtureRequest) -> 
     with served(**BOTH_WAYS):
         ours = run()
     assert_close(ours, torchs)
+
+
+# The road beside torch's operators ---------------------------------------------------------------
+
+OURS: dict[str, tuple[Callable[[Tensor], Tensor], str, str]] = {
+    "layer_norm": (lambda x: fusednorm.layer_norm(x, 8), "native_layer_norm", "NativeLayerNorm"),
+    "rms_norm": (lambda x: fusednorm.rms_norm(x, 8), "_fused_rms_norm", "FusedRmsNorm"),
+    "LayerNorm": (fusednorm.LayerNorm(8), "native_layer_norm", "NativeLayerNorm"),
+    "RMSNorm": (fusednorm.RMSNorm(8), "_fused_rms_norm", "FusedRmsNorm"),
+}
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_a_plain_norm_of_ours_calls_torchs_operator(name: str) -> None:
+    """While enabled it is one operator of torch under torch's own node, and says so."""
+    norm, operator, node = OURS[name]
+    x = torch.randn(3, 8, requires_grad=True)
+    before = torch_operators.calls()[operator]
+    with fusednorm.enable("cpu"):
+        y = norm(x)
+        assert (
+            backends.explain(x).reason == "torch's operator runs in our kernels: fusednorm.enable"
+        )
+    assert torch_operators.calls()[operator] == before + 1
+    assert y.grad_fn is not None
+    assert y.grad_fn.name() == f"{node}Backward0"
+    torch.testing.assert_close(y, norm(x))
+    assert "enable" not in backends.explain(x).reason
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_a_checkpoint_outlives_what_is_enabled(name: str) -> None:
+    """A forward inside, its recomputation outside, and the other way around."""
+    norm, _, _ = OURS[name]
+    for inside in (True, False):
+        x = torch.randn(3, 8, requires_grad=True)
+        (expected,) = torch.autograd.grad(norm(x).square().sum(), x)
+        with fusednorm.enable("cpu") if inside else contextlib.nullcontext():
+            y = checkpoint(norm, x, use_reentrant=False)
+        with contextlib.nullcontext() if inside else fusednorm.enable("cpu"):
+            y.square().sum().backward()
+        torch.testing.assert_close(x.grad, expected)
+
+
+def test_a_request_stands_above_what_is_enabled() -> None:
+    """Backends.use decides for our own functions."""
+    x = torch.randn(3, 8, requires_grad=True)
+    with fusednorm.enable("cpu"), backends.use("cpu"):
+        y = fusednorm.rms_norm(x, 8)
+    assert y.grad_fn is not None
+    assert y.grad_fn.name() == "LayerNormFunctionBackward"
