@@ -7,9 +7,9 @@
 namespace fusednorm {
 namespace {
 
-PyObject* forward(PyObject*, PyObject* const* arguments, Py_ssize_t) {
+PyObject* forward(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   return call([&] {
-    ForwardCall forward(arguments);
+    ForwardCall forward(named<ForwardArguments>(arguments, count));
     if (!forward.is_empty()) {
       const WithoutGil unlocked;
       cpu::run(forward.p);
@@ -18,9 +18,9 @@ PyObject* forward(PyObject*, PyObject* const* arguments, Py_ssize_t) {
   });
 }
 
-PyObject* backward(PyObject*, PyObject* const* arguments, Py_ssize_t) {
+PyObject* backward(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   return call([&] {
-    BackwardCall<cpu::Backward> backward(arguments);
+    BackwardCall<cpu::Backward> backward(named<BackwardArguments>(arguments, count));
     if (!backward.is_empty()) {
       const cpu::Terms terms{backward.dgate(), backward.dweight(), backward.dbias(),
                              backward.dscale(), backward.dshift()};

@@ -16,7 +16,7 @@ void check(const char* error) {
 // The arguments end with the address of the stream.
 PyObject* forward(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   return call([&] {
-    const ForwardCall forward(arguments);
+    const ForwardCall forward(named<ForwardArguments>(arguments, count - 1));
     void* const stream = PyLong_AsVoidPtr(arguments[count - 1]);
     if (!forward.is_empty()) check(cuda::layer_norm_fwd(forward.p, stream));
     return forward.outputs();
@@ -46,7 +46,7 @@ void launch(BackwardCall<cuda::Backward>& backward, PyObject* h, void* stream) {
 
 PyObject* backward(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   return call([&] {
-    BackwardCall<cuda::Backward> backward(arguments);
+    BackwardCall<cuda::Backward> backward(named<BackwardArguments>(arguments, count - 1));
     void* const stream = PyLong_AsVoidPtr(arguments[count - 1]);
     if (!backward.is_empty()) launch(backward, arguments[3], stream);
     return backward.outputs();

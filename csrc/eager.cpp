@@ -82,28 +82,26 @@ bool ends_with(PyObject* sizes, PyObject* shape) {
   return true;
 }
 
-// is_plain(normalized_shape, input, residual, weight, bias)
+struct PlainArguments {
+  PyObject *normalized_shape, *input, *residual, *weight, *bias;
+};
+
+bool has_shape(PyObject* tensor, PyObject* shape) {
+  return tensor == Py_None || equal(attribute(tensor, names().shape.get()).get(), shape);
+}
+
+bool accepted(const PlainArguments& a) {
+  if (somebody_looks() || a.input == Py_None) return false;
+  for (PyObject* tensor : {a.input, a.residual, a.weight, a.bias})
+    if (tensor != Py_None && !(is_plain_tensor(tensor) && has_dtype(tensor))) return false;
+  const Ref sizes = attribute(a.input, names().shape.get());
+  return ends_with(sizes.get(), a.normalized_shape) && has_shape(a.residual, sizes.get()) &&
+         has_shape(a.weight, a.normalized_shape) && has_shape(a.bias, a.normalized_shape) &&
+         (a.residual == Py_None || dtype_of(a.residual) == dtype_of(a.input));
+}
+
 PyObject* is_plain(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
-  return call([&] {
-    PyObject *const shape = arguments[0], *const input = arguments[1],
-                    *const residual = arguments[2];
-    const auto accepted = [&] {
-      if (somebody_looks()) return false;
-      for (Py_ssize_t i = 1; i < count; ++i)
-        if (arguments[i] != Py_None && (!is_plain_tensor(arguments[i]) || !has_dtype(arguments[i])))
-          return false;
-      if (input == Py_None) return false;
-      const Ref sizes = attribute(input, names().shape.get());
-      if (!ends_with(sizes.get(), shape)) return false;
-      for (Py_ssize_t i = 2; i < count; ++i) {
-        if (arguments[i] == Py_None) continue;
-        const Ref own = attribute(arguments[i], names().shape.get());
-        if (!equal(own.get(), i == 2 ? sizes.get() : shape)) return false;
-      }
-      return residual == Py_None || dtype_of(residual) == dtype_of(input);
-    };
-    return PyBool_FromLong(accepted());
-  });
+  return call([&] { return PyBool_FromLong(accepted(named<PlainArguments>(arguments, count))); });
 }
 
 }  // namespace

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <exception>
 #include <utility>
 #include <vector>
@@ -242,23 +243,49 @@ class Layout {
   std::vector<Ref> kept_;
 };
 
-// What both directions are given: gate, weight, bias, scale, shift and seed side by side.
-inline void describe(Problem& p, Layout& layout, PyObject* const* terms, double dropout_p,
-                     DType x_hat_dtype) {
-  PyObject *const gate = terms[0], *const scale = terms[3], *const shift = terms[4];
+// The arguments of the launchers in fusednorm/triton_kernels/forward.py and backward.py, by name.
+struct ForwardArguments {
+  PyObject *x, *residual, *gate, *weight, *bias, *scale, *shift, *seed;
+  PyObject *normalized_shape, *eps, *rms, *dropout_p, *out_dtype, *h_dtype, *x_hat_dtype;
+  PyObject *save_stats, *store_h;
+};
+
+struct BackwardArguments {
+  PyObject *dz, *dh, *x, *h, *mean, *rstd, *gate, *weight, *bias, *scale, *shift, *seed;
+  PyObject *normalized_shape, *dropout_p, *x_dtype, *residual_dtype, *x_hat_dtype, *output_mask;
+};
+
+// Gives arguments their names, if there are as many as names.
+template <class Arguments>
+Arguments named(PyObject* const* arguments, Py_ssize_t count) {
+  constexpr Py_ssize_t expected = sizeof(Arguments) / sizeof(PyObject*);
+  if (count != expected) {
+    PyErr_Format(PyExc_TypeError, "fusednorm: expected %zd arguments, got %zd", expected, count);
+    throw Raised{};
+  }
+  Arguments named;
+  std::memcpy(&named, arguments, sizeof named);
+  return named;
+}
+
+// Describes what both directions are given.
+template <class Arguments>
+void describe(Problem& p, Layout& layout, const Arguments& a) {
+  PyObject *const gate = a.gate, *const scale = a.scale, *const shift = a.shift;
+  const double dropout_p = number(a.dropout_p);
   p.rows = layout.row_count();
   p.cols = layout.cols();
   int64_t samples = 1;
   for (PyObject* term : {gate, scale, shift})
     if (term != Py_None) samples = std::max(samples, size(term, 0));
   p.rows_per_sample = p.rows / samples;
-  p.x_hat_dtype = x_hat_dtype;
-  p.dropout.seed = static_cast<const int64_t*>(address(terms[5]));
+  p.x_hat_dtype = dtype(a.x_hat_dtype);
+  p.dropout.seed = static_cast<const int64_t*>(address(a.seed));
   p.dropout.drop_below = uint32_t(std::min(std::nearbyint(dropout_p * 4294967296.0), 4294967295.0));
   p.dropout.inverse_keep = 1.0 / (1.0 - dropout_p);
   p.gate = layout.term(gate);
-  p.weight = layout.vector(terms[1]);
-  p.bias = layout.vector(terms[2]);
+  p.weight = layout.vector(a.weight);
+  p.bias = layout.vector(a.bias);
   p.scale = layout.term(scale);
 }
 
@@ -271,25 +298,25 @@ PyObject* pack(const Results&... results) {
 // A forward: its arguments are those of the launchers in fusednorm/triton_kernels/forward.py.
 class ForwardCall {
  public:
-  explicit ForwardCall(PyObject* const* arguments) : layout_(arguments[0], arguments[8]) {
-    PyObject *const x = arguments[0], *const residual = arguments[1];
-    const DType out_dtype = dtype(arguments[12]);
-    p.h_dtype = dtype(arguments[13]);
-    p.rms = flag(arguments[10]);
-    p.eps = number(arguments[9]);
+  explicit ForwardCall(const ForwardArguments& a) : layout_(a.x, a.normalized_shape) {
+    PyObject* const x = a.x;
+    const DType out_dtype = dtype(a.out_dtype);
+    p.h_dtype = dtype(a.h_dtype);
+    p.rms = flag(a.rms);
+    p.eps = number(a.eps);
     p.compute = dtype_of(x) == DType::f64 || p.h_dtype == DType::f64 ? DType::f64 : DType::f32;
-    if (p.h_dtype != DType::none && flag(arguments[16])) h_ = empty_like(x, p.h_dtype);
-    if (flag(arguments[15])) {
+    if (p.h_dtype != DType::none && flag(a.store_h)) h_ = empty_like(x, p.h_dtype);
+    if (flag(a.save_stats)) {
       const Ref shape(Py_BuildValue("(L)", static_cast<long long>(layout_.row_count())));
       rstd_ = new_empty(x, shape, p.compute);
       if (!p.rms) mean_ = empty_like(rstd_.get(), p.compute);
     }
     z_ = empty_like(x, out_dtype);
     if (is_empty()) return;
-    describe(p, layout_, arguments + 2, number(arguments[11]), dtype(arguments[14]));
-    p.shift = layout_.term(arguments[6]);
+    describe(p, layout_, a);
+    p.shift = layout_.term(a.shift);
     p.x = layout_.rows(x);
-    p.residual = layout_.rows(residual);
+    p.residual = layout_.rows(a.residual);
     p.z = layout_.fresh(z_, out_dtype);
     p.h = layout_.fresh(h_, p.h_dtype);
     if (mean_) p.mean = address(mean_.get());
@@ -311,25 +338,23 @@ class ForwardCall {
 template <class B>
 class BackwardCall {
  public:
-  explicit BackwardCall(PyObject* const* arguments) : layout_(arguments[3], arguments[12]) {
-    PyObject *const dz = arguments[0], *const dh = arguments[1], *const x = arguments[2],
-                    *const h = arguments[3], *const mean = arguments[4], *const rstd = arguments[5];
-    allocate(arguments, dz != Py_None);
+  explicit BackwardCall(const BackwardArguments& a) : layout_(a.h, a.normalized_shape) {
+    allocate(a);
     if (is_empty()) {
       zero();
       return;
     }
-    describe(p, layout_, arguments + 6, number(arguments[13]), dtype(arguments[16]));
-    p.rms = mean == Py_None;
-    p.compute = dtype_of(rstd);
-    p.dz = layout_.rows(dz);
-    p.dh = layout_.rows(dh);
-    p.h = layout_.rows(h);
-    p.mean = address(mean);
-    p.rstd = address(rstd);
-    p.dx = layout_.fresh(gradients_[0], dtype(arguments[14]));
-    p.dresidual = layout_.fresh(gradients_[1], dtype(arguments[15]));
-    if (gradients_[2]) p.x = layout_.rows(x);
+    describe(p, layout_, a);
+    p.rms = a.mean == Py_None;
+    p.compute = dtype_of(a.rstd);
+    p.dz = layout_.rows(a.dz);
+    p.dh = layout_.rows(a.dh);
+    p.h = layout_.rows(a.h);
+    p.mean = address(a.mean);
+    p.rstd = address(a.rstd);
+    p.dx = layout_.fresh(gradients_[0], dtype(a.x_dtype));
+    p.dresidual = layout_.fresh(gradients_[1], dtype(a.residual_dtype));
+    if (gradients_[2]) p.x = layout_.rows(a.x);
   }
 
   bool is_empty() const { return layout_.is_empty(); }
@@ -349,17 +374,17 @@ class BackwardCall {
 
  private:
   // Without a gradient of z there is none but those of x, residual and gate.
-  void allocate(PyObject* const* arguments, bool through_z) {
+  void allocate(const BackwardArguments& a) {
     const auto wanted = [&](int i) {
-      return flag(Ref(PySequence_GetItem(arguments[17], i)).get());
+      return flag(Ref(PySequence_GetItem(a.output_mask, i)).get());
     };
+    PyObject* const streams[] = {a.x_dtype, a.residual_dtype};
     for (int i = 0; i < 2; ++i)
-      if (wanted(i)) gradients_[i] = empty_like(arguments[3], dtype(arguments[14 + i]));
-    for (int i = 2; i < (through_z ? 7 : 3); ++i) {
-      PyObject* const parameter = arguments[4 + i];
-      if (parameter != Py_None && wanted(i))
-        gradients_[i] = empty_like(parameter, dtype_of(parameter));
-    }
+      if (wanted(i)) gradients_[i] = empty_like(a.h, dtype(streams[i]));
+    PyObject* const parameters[] = {a.gate, a.weight, a.bias, a.scale, a.shift};
+    for (int i = 0; i < (a.dz != Py_None ? 5 : 1); ++i)
+      if (parameters[i] != Py_None && wanted(2 + i))
+        gradients_[2 + i] = empty_like(parameters[i], dtype_of(parameters[i]));
   }
 
   void zero() {

@@ -168,9 +168,9 @@ PyObject* repeat(const Call& call, const Key& key, const void* (&pointers)[COUNT
 }
 
 // triton_forward(device, stream, ..)
-PyObject* forward(PyObject*, PyObject* const* arguments, Py_ssize_t) {
+PyObject* forward(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   return call([&]() -> PyObject* {
-    const ForwardCall call(arguments + 2);
+    const ForwardCall call(named<ForwardArguments>(arguments + 2, count - 2));
     if (call.is_empty()) return call.outputs();
     const Forward& p = call.p;
     Key key;
@@ -190,9 +190,9 @@ PyObject* forward(PyObject*, PyObject* const* arguments, Py_ssize_t) {
 }
 
 // triton_backward(device, stream, ..)
-PyObject* backward(PyObject*, PyObject* const* arguments, Py_ssize_t) {
+PyObject* backward(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   return call([&]() -> PyObject* {
-    BackwardCall<Backward> call(arguments + 2);
+    BackwardCall<Backward> call(named<BackwardArguments>(arguments + 2, count - 2));
     if (call.is_empty()) return call.outputs();
     const Backward& p = call.p;
     const Term dgate = call.dgate(), dweight = call.dweight(), dbias = call.dbias(),

@@ -24,14 +24,18 @@ from mutants import ROOT, failed_test, run_tests
 # The tests that are to notice, the most telling ones first: by module, as it is imported. A module
 # that is not here is left alone.
 TESTS = {
-    "fusednorm.autograd": "test_limits test_autograd",
+    "fusednorm.arithmetic": "test_arithmetic test_replace",
+    "fusednorm.autograd": "test_limits test_surroundings test_autograd",
     "fusednorm.backends": "test_limits test_backends",
     "fusednorm.functional": "test_limits test_validation test_autocast test_backends test_terms",
     "fusednorm.modules": "test_modules",
+    "fusednorm.observers": "test_observers test_surroundings test_compile",
     "fusednorm.ops": "test_limits test_backends test_compile",
-    "fusednorm.reference": "test_limits test_dropout test_autograd",
+    "fusednorm.reference": "test_limits test_dropout test_empty test_surroundings test_autograd",
     "fusednorm.replace": "test_limits test_replace",
+    "fusednorm.route": "test_observers test_surroundings test_nested test_torch_operators test_compile",
     "fusednorm.spec": "test_limits test_validation test_layouts",
+    "fusednorm.torch_operators": "test_torch_operators",
     "fusednorm.validation": "test_limits test_validation",
     "fusednorm.triton_kernels.config": "test_limits test_config",
     "fusednorm.triton_kernels.launch": "test_limits test_dropout test_layouts",
@@ -39,7 +43,7 @@ TESTS = {
 
 # What cannot be told from the original, with the reason.
 EQUIVALENT = {
-    "launch.as_rows: x.stride(1) == 1 or cols == 1 -> x.stride(1) == 1": "copies a lone column",
+    "launch.as_rows: x.stride(1) != 1 and cols != 1 -> x.stride(1) != 1": "copies a lone column",
 }
 
 OPPOSITES: dict[type, type] = {

@@ -456,3 +456,13 @@ def test_a_level_that_is_not_there() -> None:
     with pytest.raises(ValueError, match="this processor cannot run 'sse9'"):
         _C.level("sse9")
     assert _C.level() == before
+
+
+@pytest.mark.parametrize("name", ["forward", "backward", "is_plain", "triton_forward"])
+@pytest.mark.parametrize("count", [0, 1, 40])
+def test_another_number_of_arguments(name: str, count: int) -> None:
+    """Nothing is read that was not given."""
+    expected = {"forward": 17, "backward": 18, "is_plain": 5, "triton_forward": 17}[name]
+    given = count - 2 if name == "triton_forward" else count
+    with pytest.raises(TypeError, match=f"^fusednorm: expected {expected} arguments, got {given}$"):
+        getattr(_C, name)(*(None,) * count)
