@@ -17,22 +17,21 @@ from torch import Tensor
 from fusednorm import ops, reference
 from fusednorm.backends import Launchers
 from fusednorm.observers import all_plain, operators_watched, transforms_active
-from fusednorm.spec import ByInput, Call, Dtypes, Gradients, Operands, Saved, Spec
+from fusednorm.spec import ByInput, Dtypes, Gradients, Mask, Operands, Saved, Spec
 
 _NO_GRADIENT = ByInput()
 
 
 def _save(
-    ctx: Any, operands: Operands, spec: Spec, outputs: tuple[Any, ...], needs: tuple[bool, ...]
+    ctx: Any, tensors: tuple[Any, ...], spec: Spec, outputs: tuple[Any, ...], needs: Any
 ) -> None:
-    """Save what the backward reads: h, the row statistics, the parameters, and x for dgate only."""
-    x, residual, *parameters = operands
+    """Save what `Saved` names: h, the row statistics, the parameters, and x for dgate only."""
+    x, residual, gate, *_ = tensors
     h, mean, rstd = outputs
-    wanted = ByInput(*needs)
-    branch = x if operands.gate is not None and wanted.gate else None
-    saved = Saved(branch, x if spec.h_dtype is None else h, mean, rstd, *parameters)
-    ctx.save_for_backward(*saved)
-    ctx.spec, ctx.wanted = spec, wanted
+    branch = x if gate is not None and needs[2] else None
+    h = x if spec.h_dtype is None else h
+    ctx.save_for_backward(branch, h, mean, rstd, *tensors[2:])
+    ctx.spec, ctx.wanted = spec, needs
     ctx.dtypes = x.dtype, x.dtype if residual is None else residual.dtype
     ctx.set_materialize_grads(False)
 
@@ -41,7 +40,7 @@ def _backward(
     ctx: Any, dz: Tensor | None, dh: Tensor | None, launchers: Launchers | None
 ) -> Gradients:
     """Return the gradients of x, residual, gate, weight, bias, scale and shift."""
-    saved, wanted, dtypes = Saved(*ctx.saved_tensors), ctx.wanted, ctx.dtypes
+    saved, wanted, dtypes = Saved._make(ctx.saved_tensors), ctx.wanted, ctx.dtypes
     unscaled = saved.gate is None and saved.seed is None
     if dz is None:
         if dh is None:
@@ -52,15 +51,15 @@ def _backward(
                 for dtype, want in zip(dtypes, wanted[:2], strict=True)
             )
             return ByInput(dx, dresidual)
-        wanted = ByInput(wanted.x, wanted.residual, wanted.gate, False, False, False, False)
+        wanted = (*wanted[:3], False, False, False, False)
     # Without gate and dropout dx and dresidual are one tensor.
-    shared = unscaled and wanted.residual and dtypes[0] == dtypes[1]
+    shared = unscaled and wanted[1] and dtypes[0] == dtypes[1]
     if shared:
-        wanted = wanted._replace(x=True, residual=False)
+        wanted = (True, False, *wanted[2:])
     grads = _gradients(dz, dh, saved, ctx.spec, dtypes, wanted, launchers)
     if shared:
         dx, _, *rest = grads
-        return (dx if ctx.wanted.x else None, dx, *rest)
+        return (dx if ctx.wanted[0] else None, dx, *rest)
     return grads
 
 
@@ -75,7 +74,7 @@ def _gradients(
     saved: Saved,
     spec: Spec,
     dtypes: Dtypes,
-    wanted: ByInput,
+    wanted: Mask,
     launchers: Launchers | None,
 ) -> Gradients:
     if transforms_active() or _batched(dz) or _batched(dh):
@@ -100,10 +99,9 @@ class LayerNormFunction(torch.autograd.Function):
     def forward(ctx: Any, spec: Spec, launchers: Launchers, *tensors: Tensor | None) -> Any:
         """Run the forward kernel; return z, and h where it is not x."""
         ctx.launchers = launchers
-        z, *saved = launchers.forward(*tensors, *spec, True, True)
-        needs = ctx.needs_input_grad[2:-1]
-        _save(ctx, Operands(*tensors), spec, tuple(saved), needs)  # type: ignore[arg-type]
-        return z if spec.h_dtype is None else (z, saved[0])
+        z, h, mean, rstd = launchers.forward(*tensors, *spec, True, True)
+        _save(ctx, tensors, spec, (h, mean, rstd), ctx.needs_input_grad[2:-1])
+        return z if spec.h_dtype is None else (z, h)
 
     @staticmethod
     def backward(ctx: Any, dz: Tensor | None, dh: Tensor | None = None) -> Any:
@@ -124,13 +122,14 @@ def recorded(operands: Operands) -> bool:
     return False
 
 
-def run(call: Call, launchers: Launchers) -> tuple[Tensor, Tensor | None]:
+def run(
+    operands: Operands, spec: Spec, launchers: Launchers, *, want_h: bool
+) -> tuple[Tensor, Tensor | None]:
     """Run a call on plain tensors by the given launchers, and record what its backward needs.
 
     Returns:
         z and h; h is None where it is neither wanted nor needed by a backward, or is x.
     """
-    _, operands, spec, want_h = call
     if recorded(operands):
         result = _apply(spec, launchers, *operands)
         return result if isinstance(result, tuple) else (result, None)

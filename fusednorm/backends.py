@@ -160,6 +160,8 @@ def _driver_missing() -> str | None:
     """
     from triton.runtime import driver
 
+    if not torch.cuda.is_available():
+        return None  # a fake tensor, as below
     try:
         _ = driver.active
     except Exception as error:  # of a compiler, of a linker, of an operating system
@@ -286,13 +288,14 @@ def _automatic(tensor: Tensor, plain: bool) -> Choice:
     A row has the same bits in every batch. On the CPU it goes by bench/results/cpu_uses.txt: one
     operator of torch is the least that a call can cost.
     """
-    on_cpu, device = tensor.is_cpu, tensor.device
-    if plain and device.type in below_torch:
+    on_cpu = tensor.is_cpu
+    if plain and below_torch and tensor.device.type in below_torch:
         return _BELOW_TORCH
     if on_cpu and plain:
         return _PLAIN_ON_CPU
     if on_cpu and torch.compiler.is_compiling():
         return _COMPILED_ON_CPU
+    device = tensor.device
     if (unfit := _unfit("cpu" if on_cpu else "triton", device)) is not None:
         return Choice("torch", unfit)
     if _is_wrapper(tensor):

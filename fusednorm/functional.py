@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from fusednorm import autograd, backends, observers, route
+from fusednorm.observers import PLAIN
 from fusednorm.spec import Call, Operands, Spec, compute_dtype
 from fusednorm.validation import (
     DTYPES,
@@ -73,10 +74,11 @@ def layer_norm(
         return handle_torch_function(layer_norm, given, input, shape, weight, bias, eps)
     if (y := _by_torch(input, shape, weight, bias, eps)) is not None:
         return y
-    if done := _unchecked(input, None, shape, weight, bias, eps, rms=False):
+    operands = Operands(input, None, None, weight, bias)
+    if done := _unchecked(operands, shape, eps, rms=False):
         return done[0]
     shape, eps = check_norm("layer_norm", input, normalized_shape, weight, bias, eps)
-    return norm("layer_norm", Operands(input, weight=weight, bias=bias), shape, eps)
+    return norm("layer_norm", operands, shape, eps)
 
 
 def rms_norm(
@@ -122,10 +124,11 @@ def rms_norm(
     below = "cpu" in backends.below_torch
     if below and (y := _by_torch(input, shape, weight, None, eps, rms=True)) is not None:
         return y
-    if done := _unchecked(input, None, shape, weight, None, eps, rms=True):
+    operands = Operands(input, None, None, weight)
+    if done := _unchecked(operands, shape, eps, rms=True):
         return done[0]
     shape, eps = check_norm("rms_norm", input, normalized_shape, weight, None, eps)
-    return norm("rms_norm", Operands(input, weight=weight), shape, eps, rms=True)
+    return norm("rms_norm", operands, shape, eps, rms=True)
 
 
 def add_layer_norm(
@@ -361,7 +364,7 @@ def add_norm(
     eps = _default_eps(x, residual) if eps is None else eps
     if gate is None and scale is None and shift is None and options.are_default():
         sizes = (normalized_shape,) if type(normalized_shape) is int else normalized_shape
-        if done := _unchecked(x, residual, sizes, weight, bias, eps, rms=rms, want_h=want_h):
+        if done := _unchecked(given, sizes, eps, rms=rms, want_h=want_h):
             return done
     shape, eps = check_norm(op, x, normalized_shape, weight, bias, eps)
     check_residual(op, residual, x)
@@ -416,8 +419,8 @@ def _by_torch(
         and (dtype := input.dtype) in DTYPES
         and backends.select(input) == "torch"
         and input.layout is torch.strided
-        and (weight is None or _is_companion(weight, dtype))
-        and (bias is None or _is_companion(bias, dtype))
+        and (weight is None or (type(weight) in PLAIN and weight.dtype is dtype and weight.is_cpu))
+        and (bias is None or (type(bias) in PLAIN and bias.dtype is dtype and bias.is_cpu))
         and type(eps) is float
         and is_shape(shape)
         and not observers.transforms_active()
@@ -432,36 +435,26 @@ def _by_torch(
     return None
 
 
-def _is_companion(parameter: Tensor, dtype: torch.dtype) -> bool:
-    return type(parameter) in observers.PLAIN and parameter.dtype is dtype and parameter.is_cpu
-
-
 def _unchecked(
-    x: Tensor,
-    residual: Tensor | None,
-    shape: Any,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: Any,
-    *,
-    rms: bool,
-    want_h: bool = False,
+    operands: Operands, shape: Any, eps: Any, *, rms: bool, want_h: bool = False
 ) -> tuple[Tensor, Tensor] | None:
-    """Run a norm that needs no further check in the compiled kernels; return None for any other.
+    """Run a norm of x, or of residual + x, that needs no further check in the compiled kernels.
 
-    On a small tensor the checks in Python would take longer than all else.
+    Return None for any other: on a small tensor the checks in Python would take longer than all
+    else.
     """
-    if type(eps) is not float or torch.compiler.is_compiling():
-        return None
+    x, residual, _, weight, bias, *_ = operands
     plain = residual is None and (not rms or "cpu" in backends.below_torch)
-    if not backends.compiled_on_cpu(plain) or not backends.is_plain()(
-        shape, x, residual, weight, bias
+    if (
+        type(eps) is not float
+        or torch.compiler.is_compiling()
+        or not backends.compiled_on_cpu(plain)
+        or not backends.is_plain()(shape, x, residual, weight, bias)
     ):
         return None
     dtype = x.dtype
     spec = Spec(shape, eps, rms, 0.0, dtype, None if residual is None else dtype, None)
-    call = Call("", Operands(x, residual, None, weight, bias), spec, want_h)
-    z, h = autograd.run(call, backends.launchers("cpu"))
+    z, h = autograd.run(operands, spec, backends.launchers("cpu"), want_h=want_h)
     return z, x if h is None else h
 
 

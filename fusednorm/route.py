@@ -21,7 +21,7 @@ from fusednorm.validation import fail
 
 def run(call: Call) -> tuple[Tensor, Tensor]:
     """Run a call; return z and h, which is x where nothing is added to it."""
-    op, operands, spec, want_h = call
+    _, operands, spec, want_h = call
     x = operands.x
     if x.is_nested:
         return _run_nested(call)
@@ -30,7 +30,6 @@ def run(call: Call) -> tuple[Tensor, Tensor]:
         # On the device and from its generator: no synchronisation, and a graph draws anew. Every
         # backend draws the same mask from it.
         operands = operands._replace(seed=torch.randint(2**62, (1,), device=x.device))
-        call = Call(op, operands, spec, want_h)
     if observers.transforms_active():
         return reference.layer_norm(operands, spec)[:2]
     if backend == "torch" or observers.tracing():  # a trace outlives the process that has kernels
@@ -41,7 +40,7 @@ def run(call: Call) -> tuple[Tensor, Tensor]:
     elif observers.operators_watched() or not observers.all_plain(*operands):
         z, h, _, _ = ops.layer_norm_fwd(*operands, *spec)
         return z, x if spec.h_dtype is None else h
-    z, stored = autograd.run(call, backends.launchers(backend))
+    z, stored = autograd.run(operands, spec, backends.launchers(backend), want_h=want_h)
     return z, x if stored is None else stored
 
 

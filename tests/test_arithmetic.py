@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fusednorm import arithmetic, backends
+from fusednorm import backends, functional
 from fusednorm.replace import replace_norms
 
 
@@ -28,13 +28,13 @@ def torch_backend() -> Iterator[None]:
 @pytest.fixture
 def calls(monkeypatch) -> list[torch.dtype]:
     """The dtypes of the inputs that are run fused, in order."""
-    fused, seen = arithmetic._norm, []
+    fused, seen = functional.norm, []
 
-    def spy(op, x, *args, **kwargs):
-        seen.append(x.dtype)
-        return fused(op, x, *args, **kwargs)
+    def spy(op, operands, *args, **kwargs):
+        seen.append(operands.x.dtype)
+        return fused(op, operands, *args, **kwargs)
 
-    monkeypatch.setattr(arithmetic, "_norm", spy)
+    monkeypatch.setattr(functional, "norm", spy)
     return seen
 
 

@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusednorm
 from fusednorm import autograd, backends, layer_norm, ops
-from fusednorm.spec import Call, Operands
+from fusednorm.spec import Operands
 
 FWD, BWD = ops.layer_norm_fwd, ops.layer_norm_bwd
 
@@ -517,8 +517,8 @@ def launch_both(rows: int, cols: int, dtype: torch.dtype, stride: int, eps: floa
     weight, bias = (torch.empty(cols, dtype=dtype, device="meta") for _ in range(2))
     inputs = [tensor.requires_grad_() for tensor in (x, weight, bias)]
     spec = plain_spec((cols,), eps, dtype)
-    call = Call("layer_norm", Operands(x, weight=weight, bias=bias), spec, want_h=False)
-    y, _ = autograd.run(call, backends.launchers("triton"))
+    operands = Operands(x, weight=weight, bias=bias)
+    y, _ = autograd.run(operands, spec, backends.launchers("triton"), want_h=False)
     torch.autograd.grad(y, inputs, dy)
 
 
@@ -534,8 +534,8 @@ def launch_every_term(rows: int, dropout_p: float) -> None:
     ]
     seed = torch.empty(1, dtype=torch.int64, device="meta")
     spec = plain_spec((cols,), 1e-5, BF16)._replace(h_dtype=BF16, dropout_p=dropout_p)
-    call = Call("add_layer_norm", Operands(*inputs, seed), spec, want_h=True)
-    z, h = autograd.run(call, backends.launchers("triton"))
+    launchers = backends.launchers("triton")
+    z, h = autograd.run(Operands(*inputs, seed), spec, launchers, want_h=True)
     torch.autograd.grad([z, h], inputs, [torch.empty_like(z), torch.empty_like(z)])
 
 

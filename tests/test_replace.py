@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.utils import parametrize, prune
 
 import fusednorm
-from fusednorm import arithmetic, backends, modules, replace
+from fusednorm import arithmetic, backends, functional, modules, replace
 from fusednorm.arithmetic import Rule, SwappedNorm
 from fusednorm.modules import AdaLayerNorm, AddLayerNorm, AddRMSNorm, LayerNorm, RMSNorm
 from fusednorm.replace import Report, replace_norms, restore_norms
@@ -540,13 +540,13 @@ def assert_same_arithmetic(y: torch.Tensor, expected: torch.Tensor) -> None:
 
 def calls_of(monkeypatch) -> list[torch.dtype]:
     """The dtypes of the inputs that reach a kernel, in order."""
-    fused, calls = arithmetic._norm, []
+    fused, calls = functional.norm, []
 
-    def spy(op, x, *args, **kwargs):
-        calls.append(x.dtype)
-        return fused(op, x, *args, **kwargs)
+    def spy(op, operands, *args, **kwargs):
+        calls.append(operands.x.dtype)
+        return fused(op, operands, *args, **kwargs)
 
-    monkeypatch.setattr(arithmetic, "_norm", spy)
+    monkeypatch.setattr(functional, "norm", spy)
     return calls
 
 
@@ -1032,7 +1032,7 @@ HOOKED = {"LayerNorm": lambda: nn.LayerNorm(6), "LlamaRMSNorm": LlamaRMSNorm}
 
 def spy_on_fused(monkeypatch) -> list[str]:
     calls = []
-    for module, name in ((modules, "layer_norm"), (arithmetic, "_norm")):
+    for module, name in ((modules, "layer_norm"), (functional, "norm")):
         fused = getattr(module, name)
         monkeypatch.setattr(
             module, name, lambda *a, fused=fused, **k: calls.append("fused") or fused(*a, **k)

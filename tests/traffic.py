@@ -28,7 +28,8 @@ from fusednorm.triton_kernels.config import Architecture
 
 SAMPLES, ROWS, COLS = 8, 1024, 4096
 DTYPE = torch.bfloat16
-_H200 = Architecture(warp_size=32, processors=132, shared_bytes=232448, registers=65536)
+PROCESSORS = 132
+_H200 = Architecture(warp_size=32, processors=PROCESSORS, shared_bytes=232448, registers=65536)
 
 USES: dict[str, dict[str, Any]] = {
     "LayerNorm": {},
