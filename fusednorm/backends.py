@@ -144,6 +144,8 @@ def _triton_unfit(device: torch.device) -> str | None:
     if (missing := _triton_missing()) is not None:
         return missing
     if device.type == "cuda":
+        if not torch.cuda.is_available():
+            return None  # a fake tensor, for a device that is somewhere else
         too_old = None if torch.version.hip is not None else _too_old(device)
         return too_old or _driver_missing()
     if device.type == "cpu":
@@ -160,8 +162,6 @@ def _driver_missing() -> str | None:
     """
     from triton.runtime import driver
 
-    if not torch.cuda.is_available():
-        return None  # a fake tensor, as below
     try:
         _ = driver.active
     except Exception as error:  # of a compiler, of a linker, of an operating system
@@ -172,7 +172,7 @@ def _driver_missing() -> str | None:
 def _too_old(device: torch.device) -> str | None:
     """Return why the kernels do not run on an NVIDIA GPU, or None where they do."""
     if not torch.cuda.is_available():
-        return None  # a fake tensor, for a device that is somewhere else
+        return None  # as in _triton_unfit
     capability = torch.cuda.get_device_capability(device)
     if capability < _MIN_CAPABILITY:
         return f"compute capability {capability[0]}.{capability[1]} is below 8.0"

@@ -64,6 +64,7 @@ def test_what_is_counted(capsys):
 
 def test_the_command(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["fusednorm", "coverage"])
+    monkeypatch.delitem(sys.modules, "fusednorm.__main__", raising=False)
     with pytest.raises(SystemExit) as left:
         runpy.run_module("fusednorm", run_name="__main__")
     assert left.value.code == 2

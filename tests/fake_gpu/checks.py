@@ -232,6 +232,7 @@ def test_without_a_c_compiler_torch_is_chosen(
 ) -> None:
     """Triton compiles what starts its kernels; whoever runs it in a bare image is told."""
     device = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     assert backends._triton_unfit.__wrapped__(device) is None
     if hasattr(build, "_find_compiler"):  # remembers what it found
