@@ -250,7 +250,7 @@ class _OnCpu:
 
 
 class _InPython:
-    """The launchers of `ops.kernels` as torch's operators, for one dispatch key.
+    """The launchers of `backends.kernels` as torch's operators, for one dispatch key.
 
     A call passes through Python, as the launchers do.
     """
