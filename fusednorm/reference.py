@@ -245,7 +245,7 @@ def around_torch(operands: Operands, spec: Spec) -> tuple[Tensor, Tensor]:
 def _torch_accepts(operands: Operands, spec: Spec) -> bool:
     """Return whether torch's operator computes this, and takes the mix of dtypes."""
     x, weight, bias = operands.x, operands.weight, operands.bias
-    if spec.x_hat_dtype is not None:
+    if spec.x_hat_dtype is not None or (spec.rms and bias is not None):
         return False
     dtype = x.dtype if spec.h_dtype is None else spec.h_dtype
     if (weight is None or weight.dtype == dtype) and (bias is None or bias.dtype == dtype):

@@ -17,13 +17,14 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import INTERPRETED, make_case, run
+from helpers import BACKENDS, DEVICE, INTERPRETED, make_case, run
 from spies import kernels_of_package, record_launches
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fusednorm
-from fusednorm import backends
+from fusednorm import backends, functional
 from fusednorm.backends import Choice
+from fusednorm.spec import Operands
 from fusednorm.triton_kernels import launch
 
 REQUESTED = "requested by backends.use"
@@ -475,6 +476,15 @@ def test_backward_follows_its_forward(
         (dx,) = torch.autograd.grad(results["triton"], x, dy)
     assert [launched.kernel for launched in launches[1:]] == BOTH[1:2]
     torch.testing.assert_close(dx, expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rms_norm_with_a_bias(backend: str) -> None:
+    """Models have it and torch's operator has not: no backend leaves the bias out."""
+    x, weight, bias = torch.randn(3, 8, device=DEVICE), *torch.randn(2, 8, device=DEVICE)
+    with backends.use(backend):
+        y = functional.norm("rms_norm", Operands(x, None, None, weight, bias), (8,), 1e-6, rms=True)
+    torch.testing.assert_close(y, torch.nn.functional.rms_norm(x, (8,), weight, 1e-6) + bias)
 
 
 # The device
