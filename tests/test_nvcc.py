@@ -36,7 +36,9 @@ def processors(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     """csrc/cuda/gpu/device.h above a CUDA runtime whose device and code `choose` sets."""
     library = tmp_path_factory.mktemp("nvcc") / "processors.so"
     folder = Path(__file__).parent / "nvcc"
+    # Where torch has CUDA its runtime is loaded, too: the stub's functions are to find one another.
     options = ["-Icsrc", "-arch=compute_80", "-cudart", "none", "-shared", "-Xcompiler", "-fPIC"]
+    options += ["-Xlinker", "-Bsymbolic"]
     sources = [folder / "processors.cu", folder / "runtime.cpp"]
     subprocess.run(["nvcc", "-std=c++17", *options, *sources, "-o", library], cwd=ROOT, check=True)
     return ctypes.CDLL(str(library))

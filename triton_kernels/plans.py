@@ -27,7 +27,7 @@ try:
 except ImportError:
     _C = None
 
-KNOWN_TRITON = ("3.6", "3.9")
+KNOWN_TRITON = ("3.6", "3.8", "3.9")
 """Versions for which tests/test_fake_gpu.py has compared every repeated launch with Triton's."""
 
 MOST_PLANS = 4096
