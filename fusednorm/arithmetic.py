@@ -502,8 +502,8 @@ class _Probe:
         traces: dict[Mix, Any] = {}
         for mix, rule in rules.items():
             # Autocast tells half precisions apart by whether they are its own, and both are tried.
-            x, weight = (_BFLOAT16 if dtype == _FLOAT16 else dtype for dtype in mix)
-            assert x is not None
+            x = _BFLOAT16 if mix[0] == _FLOAT16 else mix[0]
+            weight = _BFLOAT16 if mix[1] == _FLOAT16 else mix[1]
             single: Mix = (_FLOAT32, None if weight is None else _FLOAT32)
             try:
                 for key in ((x, weight), single):

@@ -207,7 +207,7 @@ def _keep(seed: Tensor | None, x: Tensor, spec: Spec) -> Tensor | None:
     return torch.cat([kept(i, min(i + step, rows)) for i in range(0, rows, step)])
 
 
-_IN_CACHE = 1 << 17
+_IN_CACHE = 1 << 17  # elements: their words are 256 KB at each step of the rounds
 
 
 _WORD = 0xFFFFFFFF

@@ -6,6 +6,9 @@ torch, or a tracer       torch's own norm, with the other terms in plain torch a
 somebody sees operators  the registered operators, which run the launchers of the device
 anything else            the launchers of the backend, under `autograd.LayerNormFunction`
 =======================  =========================================================================
+
+Where hooks see what is saved, as those of a checkpoint do, torch is a backend like the others: all
+save the same under one `LayerNormFunction`.
 """
 
 from __future__ import annotations
@@ -33,7 +36,6 @@ def run(call: Call) -> tuple[Tensor, Tensor]:
     if observers.transforms_active():
         return reference.layer_norm(operands, spec)[:2]
     if backend == "torch" or observers.tracing():  # a trace outlives the process that has kernels
-        # What a checkpoint compares must not depend on the backend in force.
         comparable = observers.saving_watched() and not observers.tracing()
         if not comparable or not observers.all_plain(*operands):
             return reference.around_torch(operands, spec)
