@@ -1,8 +1,8 @@
 // The CPU kernels as functions of Python.
 #include "cpu_ops.h"
 
+#include "calls.h"
 #include "cpu_launch.h"
-#include "tensors.h"
 
 namespace fusednorm {
 namespace {

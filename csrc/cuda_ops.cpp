@@ -3,8 +3,8 @@
 
 #include <stdexcept>
 
+#include "calls.h"
 #include "cuda/layer_norm.h"
-#include "tensors.h"
 
 namespace fusednorm {
 namespace {

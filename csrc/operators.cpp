@@ -9,7 +9,7 @@
 
 #include "boxed.h"
 #include "cpu_launch.h"
-#include "tensors.h"
+#include "objects.h"
 
 namespace fusednorm {
 namespace {

@@ -10,7 +10,7 @@
 #include <type_traits>
 #include <unordered_map>
 
-#include "tensors.h"
+#include "calls.h"
 
 namespace fusednorm {
 namespace {
