@@ -155,7 +155,7 @@ def _fusednorm(backend: str, device: torch.device) -> Provider:
     scope = functools.partial(backends.use, backend)
     try:
         with scope():
-            backends.explain(torch.empty(1, device=device))
+            backends.choose(torch.empty(1, device=device))
     except ValueError as error:
         raise MissingError(str(error)) from None
     norms = {name: norm for name, norm in OURS.items() if name not in NOT_OURS.get(backend, ())}

@@ -106,17 +106,20 @@ def _name(device: torch.device) -> str:
 
 
 def _device(device: torch.device) -> dict[str, Any]:
-    """Return what would run on a device, and how far it is from float64."""
+    """Return what runs a few calls on a device, and how far the first is from float64."""
     report: dict[str, Any] = {"device": _name(device)}
-    tensor = torch.empty(0, device=device)
+    x, scale = torch.ones(2, _COLS, device=device), torch.ones(_COLS, device=device)
     try:
-        choice = backends.explain(tensor)
-        report["runs"] = {"a plain layer norm": str(choice)}
-        report["runs"]["all else"] = str(backends.explain(tensor, plain=False))
-        if "triton" in (choice.backend, backends.select(tensor, plain=False)):
+        with backends.explain() as ran:
+            fusednorm.layer_norm(x, _COLS)
+            fusednorm.rms_norm(x, _COLS)
+            fusednorm.add_layer_norm(x, x, _COLS)
+            fusednorm.modulated_layer_norm(x, _COLS, None, scale)
+        report["runs"] = {call.op: f"{call.backend}: {call.reason}" for call in ran}
+        if any(call.backend == "triton" for call in ran):
             report["runs"]["starts kernels"] = _repeater(device)
         report["runs"]["torch's operators"] = _below_torch(device.type)
-        with backends.use(choice.backend):
+        with backends.use(ran[0].backend):
             report["self-check"] = _self_check(device)
     except (ValueError, RuntimeError) as error:
         report["error"] = f"{type(error).__name__}: {error}"
@@ -131,11 +134,11 @@ def _text(report: dict[str, Any]) -> str:
     lines = [f"{name:9} {_one_line(value)}" for name, value in report.items() if name != "devices"]
     for device in report["devices"]:
         lines.append(device["device"])
-        lines += [f"  {call:18} {why}" for call, why in device.get("runs", {}).items()]
+        lines += [f"  {call:20} {why}" for call, why in device.get("runs", {}).items()]
         for check in device.get("self-check", ()):
             verdict = "ok" if check["error"] <= check["allowed"] else "FAILED"
             off = f"off by {check['error']:.1e} of {check['allowed']:.1e}: {verdict}"
-            lines.append(f"  {check['dtype']:18} forward and backward {off}")
+            lines.append(f"  {check['dtype']:20} forward and backward {off}")
         if "error" in device:
             lines.append(f"  none: {device['error']}")
     if not torch.cuda.is_available():

@@ -2,10 +2,10 @@
 
 Example:
     >>> import torch, fusednorm
-    >>> with fusednorm.backends.use("torch"):
+    >>> with fusednorm.backends.use("torch"), fusednorm.backends.explain() as ran:
     ...     y = fusednorm.layer_norm(torch.randn(2, 8), 8)
-    ...     str(fusednorm.backends.explain(y))
-    'torch: requested by backends.use'
+    >>> print(ran[0])
+    layer_norm: torch, requested by backends.use
 """
 
 from __future__ import annotations
@@ -248,7 +248,7 @@ def serves(backend: str, device: torch.device) -> bool:
 
 
 def compiled_on_cpu(plain: bool) -> bool:
-    """Return whether `select` chooses the compiled kernels for a plain tensor on the CPU."""
+    """Return whether `choose` takes the compiled kernels for a plain tensor on the CPU."""
     wanted = not plain if _requested is None else _requested == "cpu"
     return wanted and extension_missing() is None
 
@@ -312,23 +312,61 @@ def available() -> tuple[str, ...]:
     return tuple(name for name in NAMES if _TABLE[name].missing() is None)
 
 
-def explain(tensor: Tensor, *, plain: bool = True) -> Choice:
-    """Return the implementation that would run for `tensor`, and why.
+class Ran(NamedTuple):
+    """A call, the implementation that ran it, one of `NAMES`, and why it is that one."""
+
+    op: str
+    backend: str
+    reason: str
+
+    def __str__(self) -> str:
+        """Return ``op: backend, reason``."""
+        return f"{self.op}: {self.backend}, {self.reason}"
+
+
+# What `explain` listens with; None while nobody asks, which is all that a call looks at.
+listener: list[Ran] | None = None
+
+
+@contextlib.contextmanager
+def explain() -> Iterator[list[Ran]]:
+    """Note what runs each call inside the ``with`` block, and why, in every thread.
+
+    Yields:
+        The calls so far, the latest one last. What a compiled graph runs was decided when it was
+        traced, and is noted then.
+
+    Example:
+        >>> import torch, fusednorm
+        >>> with explain() as ran:
+        ...     y = fusednorm.rms_norm(torch.empty(2, 8, device="meta"), 8)
+        >>> print(*ran)
+        rms_norm: torch, the kernels are built for cuda devices, not meta
+    """
+    global listener
+    previous, listener = listener, []
+    try:
+        yield listener
+    finally:
+        listener = previous
+
+
+def note(op: str, backend: str, reason: str) -> None:
+    """Tell `explain` what runs a call."""
+    if listener is not None:
+        listener.append(Ran(op, backend, reason))
+
+
+def choose(tensor: Tensor, *, plain: bool = True) -> Choice:
+    """Return the implementation for a call on `tensor`, and why.
 
     Args:
-        tensor: Any tensor; its device and its class are looked at.
-        plain: Whether it is for `layer_norm`; not for RMS norm, nor with a residual, dropout, gate,
-            scale or shift.
+        tensor: Its device and its class are looked at.
+        plain: Whether torch has the call as one operator.
 
     Raises:
         ValueError: A backend was requested that cannot serve the tensor.
-
-    Example:
-        >>> explain(torch.empty(2, 8, device="meta")).backend
-        'torch'
     """
-    if not isinstance(tensor, Tensor):
-        fail("explain", "a Tensor", type(tensor).__name__, TypeError)
     return _automatic(tensor, plain) if _requested is None else _request(_requested, tensor)
 
 
@@ -338,13 +376,6 @@ def _request(requested: str, tensor: Tensor) -> Choice:
         expected = f"tensors that the {requested} backend can serve"
         fail(_requested_by, expected, f"{tensor.device}: {unfit}")
     return Choice(requested, f"requested by {_requested_by}")
-
-
-def select(tensor: Tensor, *, plain: bool = True) -> str:
-    """Return the name of the implementation for `tensor`, with `explain`'s errors."""
-    return (
-        _automatic(tensor, plain) if _requested is None else _request(_requested, tensor)
-    ).backend
 
 
 @contextlib.contextmanager
@@ -360,9 +391,9 @@ def use(backend: str) -> Iterator[None]:
         ValueError: There is no such backend, or it is not installed.
 
     Example:
+        >>> import torch, fusednorm
         >>> with use("torch"):
-        ...     explain(torch.empty(1)).backend
-        'torch'
+        ...     y = fusednorm.layer_norm(torch.ones(2, 4), 4)
     """
     global _requested, _requested_by
     _check_name("backends.use", backend)

@@ -417,7 +417,7 @@ def _by_torch(
         type(input) is Tensor
         and input.is_cpu
         and (dtype := input.dtype) in DTYPES
-        and backends.select(input) == "torch"
+        and (choice := backends.choose(input)).backend == "torch"
         and input.layout is torch.strided
         and (weight is None or (type(weight) in PLAIN and weight.dtype is dtype and weight.is_cpu))
         and (bias is None or (type(bias) in PLAIN and bias.dtype is dtype and bias.is_cpu))
@@ -426,6 +426,8 @@ def _by_torch(
         and not observers.transforms_active()
         and not observers.saving_watched()
     ):
+        if backends.listener is not None:
+            backends.note("rms_norm" if rms else "layer_norm", *choice)
         try:
             if rms:
                 return torch.rms_norm(input, shape, weight, eps)
@@ -452,6 +454,11 @@ def _unchecked(
         or not backends.is_plain()(shape, x, residual, weight, bias)
     ):
         return None
+    if backends.listener is not None:
+        name = "rms_norm" if rms else "layer_norm"
+        backends.note(
+            f"{'' if residual is None else 'add_'}{name}", *backends.choose(x, plain=plain)
+        )
     dtype = x.dtype
     spec = Spec(shape, eps, rms, 0.0, dtype, None if residual is None else dtype, None)
     z, h = autograd.run(operands, spec, backends.launchers("cpu"), want_h=want_h)

@@ -24,24 +24,28 @@ from fusednorm.validation import fail
 
 def run(call: Call) -> tuple[Tensor, Tensor]:
     """Run a call; return z and h, which is x where nothing is added to it."""
-    _, operands, spec, want_h = call
+    op, operands, spec, want_h = call
     x = operands.x
     if x.is_nested:
         return _run_nested(call)
-    backend = backends.select(x, plain=call.is_one_norm and _is_plain(x, spec.rms))
+    backend, reason = backends.choose(x, plain=call.is_one_norm and _is_plain(x, spec.rms))
     if spec.dropout_p > 0.0:
         # On the device and from its generator: no synchronisation, and a graph draws anew. Every
         # backend draws the same mask from it.
         operands = operands._replace(seed=torch.randint(2**62, (1,), device=x.device))
     if observers.transforms_active():
+        backends.note(op, "torch", "a transform differentiates or batches plain torch")
         return reference.layer_norm(operands, spec)[:2]
     if backend == "torch" or observers.tracing():  # a trace outlives the process that has kernels
         comparable = observers.saving_watched() and not observers.tracing()
         if not comparable or not observers.all_plain(*operands):
+            backends.note(op, "torch", reason if backend == "torch" else "a tracer records it")
             return reference.around_torch(operands, spec)
     elif observers.operators_watched() or not observers.all_plain(*operands):
+        backends.note(op, backends.kernels(x.device) or "torch", f"as an operator: {reason}")
         z, h, _, _ = ops.layer_norm_fwd(*operands, *spec)
         return z, x if spec.h_dtype is None else h
+    backends.note(op, backend, reason)
     z, stored = autograd.run(operands, spec, backends.launchers(backend), want_h=want_h)
     return z, x if stored is None else stored
 
@@ -58,7 +62,8 @@ def _is_plain(x: Tensor, rms: bool) -> bool:
 def _run_nested(call: Call) -> tuple[Tensor, Tensor]:
     """Run a call on nested tensors by the operators that torch has for them."""
     op, operands, spec, _ = call
-    backend = backends.select(operands.x)
+    backend, reason = backends.choose(operands.x)
+    backends.note(op, backend, reason)
     if backend != "torch":
         fail(op, f"a tensor of one shape for the {backend} backend", "a nested tensor")
     if spec.dropout_p > 0.0:

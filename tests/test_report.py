@@ -56,7 +56,7 @@ def test_device_that_nothing_serves(
     def fail(*arguments: object, **named: object) -> backends.Choice:
         raise ValueError("FUSEDNORM_BACKEND: expected something else")
 
-    monkeypatch.setattr(backends, "explain", fail)
+    monkeypatch.setattr(backends, "choose", fail)
     assert __main__.main(["--json"]) == 1
     report = json.loads(capsys.readouterr().out)
     expected = "ValueError: FUSEDNORM_BACKEND: expected something else"

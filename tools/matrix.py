@@ -105,7 +105,7 @@ def row(environment: Environment, wheel: Path) -> tuple[list[str], bool]:
         report["torch"].split(",")[0],
         report["extension"].split(";")[0],
         ", ".join(report["backends"]),
-        cpu.get("error") or cpu["runs"]["all else"].split(":")[0],
+        cpu.get("error") or cpu["runs"]["add_layer_norm"].split(":")[0],
         "ok" if said.returncode == 0 else "FAILED",
         outcome,
     ]
