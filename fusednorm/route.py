@@ -34,7 +34,7 @@ def run(call: Call) -> tuple[Tensor, Tensor]:
     x = operands.x
     if x.is_nested:
         return _run_nested(call)
-    choice = backends.choose(x, plain=call.is_one_norm and _is_plain(x, spec.rms))
+    choice = backends.choose(x, plain=_is_one_norm(call) and _is_plain(x, spec.rms))
     if spec.dropout_p > 0.0:
         # On the device and from its generator: no synchronisation, and a graph draws anew. Every
         # backend draws the same mask from it.
@@ -72,6 +72,20 @@ def way_of(op: str, choice: Choice, *tensors: Tensor | None) -> Way:
         reason = f"as an operator: {reason}"
     backends.note(op, backend, reason)
     return way
+
+
+def _is_one_norm(call: Call) -> bool:
+    """Return whether it is a norm of x with weight and bias, and nothing else of the equation.
+
+    A function, since torch 2.10 compiles no property of a named tuple.
+    """
+    spec, operands = call.spec, call.operands
+    return (
+        spec.h_dtype is None
+        and spec.x_hat_dtype is None
+        and operands.scale is None
+        and operands.shift is None
+    )
 
 
 def _is_plain(x: Tensor, rms: bool) -> bool:

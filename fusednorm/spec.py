@@ -67,17 +67,6 @@ class Call(NamedTuple):
     spec: Spec
     want_h: bool
 
-    @property
-    def is_one_norm(self) -> bool:
-        """Whether it is a norm of x with weight and bias, and nothing else of the equation."""
-        spec, operands = self.spec, self.operands
-        return (
-            spec.h_dtype is None
-            and spec.x_hat_dtype is None
-            and operands.scale is None
-            and operands.shift is None
-        )
-
 
 class Saved(NamedTuple):
     """What a backward reads: h is what was normalised, x is there for dgate only.
