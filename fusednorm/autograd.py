@@ -114,7 +114,7 @@ class LayerNormFunction(torch.autograd.Function):
 _apply: Any = super(torch.autograd.Function, LayerNormFunction).apply
 
 
-def recorded(operands: Operands) -> bool:
+def recorded(operands: Sequence[Tensor | None]) -> bool:
     """Return whether autograd is to record a call on these tensors."""
     if torch.is_grad_enabled():
         for tensor in operands:  # any() takes three times as long
