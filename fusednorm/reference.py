@@ -366,7 +366,8 @@ def gated_norm_bwd(
     dtype = compute_dtype(x.dtype, gate_input.dtype)
     h, dy, gate = (_in_groups(tensor, spec, dtype) for tensor in (x, dz, gate_input))
     sigmoid = gate.sigmoid()
-    silu, dsilu = gate * sigmoid, sigmoid * (1 + gate * (1 - sigmoid))
+    silu = gate * sigmoid
+    dsilu = sigmoid + silu * (1 - sigmoid)
     known = None if rstd is None else rstd.reshape(*h.shape[:-1], 1)
     x_hat, _, rstd = _normalize(h if spec.norm_before_gate else h * silu, spec, known)
     dgate = dy

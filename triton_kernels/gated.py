@@ -239,7 +239,7 @@ def _load_chunk(streams, parameters, i, chunk, GATE_FIRST: tl.constexpr, C: tl.c
     dz = load_rows(streams.dz, chunk, C)
     sigmoid = tl.sigmoid(gate)
     silu = gate * sigmoid
-    dsilu = sigmoid * (1.0 + gate * (1.0 - sigmoid))
+    dsilu = sigmoid + silu * (1.0 - sigmoid)
     h = x * silu if GATE_FIRST else x
     x_hat = h * streams.rstd if streams.mean is None else (h - streams.mean) * streams.rstd
     dy = dz if GATE_FIRST else dz * silu
@@ -518,7 +518,7 @@ def gated_norm_bwd(
         launch.itemsize(rstd.dtype, *written),
         arch,
         sum(tensor.element_size() for tensor in (dz, x, gate_input)),
-        gate_gradient=not norm_before_gate,  # as many numbers of a column are kept
+        gate_gradient=True,  # as much is kept of a column as with the sums of a gate
     )
     tile = config.tile
     column_blocks = -(-group_size // tile.block_n) if config.form == "split" else 1
