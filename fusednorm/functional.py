@@ -394,8 +394,8 @@ def gated_layer_norm(
         z &= \mathrm{norm}(x) \cdot \mathrm{silu}(g) \quad\text{or}\quad
         z = \mathrm{norm}(x \cdot \mathrm{silu}(g))
 
-    The backward computes the norm and :math:`\mathrm{silu}(g) = g / (1 + e^{-g})` again from x and g
-    and is one pass as well.
+    The backward is one pass as well: it computes the norm and
+    :math:`\mathrm{silu}(g) = g / (1 + e^{-g})` again from x and g.
 
     Args:
         input: x, [\*, \*normalized_shape]; float16, bfloat16, float32 or float64, any strides.

@@ -1,6 +1,6 @@
 """The gated norm: its operators, what autograd saves and differentiates, and where a call runs.
 
-    z = norm(x) * silu(gate_input)    or, with the gate before the norm,    norm(x * silu(gate_input))
+    z = norm(x) * silu(gate_input)    or, with the gate first,    norm(x * silu(gate_input))
 
 It has two operators of its own beside those of the equation: it shares none of its other terms,
 and its statistics are those of groups of columns. What runs where goes by the same rules.

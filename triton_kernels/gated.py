@@ -94,9 +94,7 @@ def gated_norm_fwd_kernel(
         weight = weight_ptr + group * N
     if bias_ptr is not None:
         bias = bias_ptr + group * N
-    stream = Stream(
-        x, absent, no_term, Dropout(None, None, None), gate if GATE_FIRST else absent
-    )
+    stream = Stream(x, absent, no_term, Dropout(None, None, None), gate if GATE_FIRST else absent)
     norm = Norm(weight, bias, no_term, no_term, absent if GATE_FIRST else gate, z_ptr, None)
     if LOOPED:
         mean, rstd = looped(stream, norm, tile, eps, steps, RMS, C)
@@ -260,7 +258,15 @@ def _load_chunk(streams, parameters, i, chunk, GATE_FIRST: tl.constexpr, C: tl.c
 
 @triton.jit
 def _take_tile(
-    streams, parameters, sums, tile, c1, c2, AGAIN: tl.constexpr, GATE_FIRST: tl.constexpr, C: tl.constexpr
+    streams,
+    parameters,
+    sums,
+    tile,
+    c1,
+    c2,
+    AGAIN: tl.constexpr,
+    GATE_FIRST: tl.constexpr,
+    C: tl.constexpr,
 ):
     """Take a tile, whose c1 and c2 may be known; return the sums with its share added.
 
@@ -454,9 +460,7 @@ def gated_norm_bwd_kernel(
             c2 = c1
         if c2_ptr is not None:
             c2 = load_column(c2_ptr, tile)
-        sums = _take_tile(
-            streams, parameters, sums, tile, c1, c2, FORM == "reload", GATE_FIRST, C
-        )
+        sums = _take_tile(streams, parameters, sums, tile, c1, c2, FORM == "reload", GATE_FIRST, C)
 
     partial = (program * GROUPS + group) * N
     for i in tl.static_range(CHUNKS):
