@@ -428,11 +428,22 @@ def gated_layer_norm(
         tensor([[-0.7310,  0.7310, -0.7310,  0.7310]])
     """
     given = GatedOperands(input, gate_input, weight, bias)
-    options = {"group_size": group_size, "norm_before_gate": norm_before_gate}
     if has_torch_function_variadic(*given):
-        positional = (input, gate_input, normalized_shape, weight, bias, eps)
-        return handle_torch_function(gated_layer_norm, given, *positional, **options)
-    return gated_norm("gated_layer_norm", given, normalized_shape, eps, **options)
+        return handle_torch_function(
+            gated_layer_norm,
+            given,
+            *(input, gate_input, normalized_shape, weight, bias, eps),
+            group_size=group_size,
+            norm_before_gate=norm_before_gate,
+        )
+    return gated_norm(
+        "gated_layer_norm",
+        given,
+        normalized_shape,
+        eps,
+        group_size=group_size,
+        norm_before_gate=norm_before_gate,
+    )
 
 
 def gated_rms_norm(
@@ -488,12 +499,24 @@ def gated_rms_norm(
         tensor([[0.0000, 0.0808, 0.1947, 1.9889]])
     """
     given = GatedOperands(input, gate_input, weight, bias)
-    options = {"group_size": group_size, "norm_before_gate": norm_before_gate}
     if has_torch_function_variadic(*given):
-        positional = (input, gate_input, normalized_shape, weight, bias, eps)
-        return handle_torch_function(gated_rms_norm, given, *positional, **options)
+        return handle_torch_function(
+            gated_rms_norm,
+            given,
+            *(input, gate_input, normalized_shape, weight, bias, eps),
+            group_size=group_size,
+            norm_before_gate=norm_before_gate,
+        )
     eps = _default_eps(input, gate_input) if eps is None else eps
-    return gated_norm("gated_rms_norm", given, normalized_shape, eps, **options, rms=True)
+    return gated_norm(
+        "gated_rms_norm",
+        given,
+        normalized_shape,
+        eps,
+        group_size=group_size,
+        norm_before_gate=norm_before_gate,
+        rms=True,
+    )
 
 
 class Options(NamedTuple):

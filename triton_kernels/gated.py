@@ -591,7 +591,7 @@ def _launch_sums(
     weight: torch.Tensor | None,
     tile: RowTile,
     arch: Architecture,
-    constants: dict[str, object],
+    constants: dict[str, Any],
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return c1 and c2 of every group of every row, as the split form needs them."""
     c1 = plans.scratch(rstd, rstd.numel())
