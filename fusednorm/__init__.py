@@ -32,4 +32,5 @@ __all__ = [
     "rms_norm",
 ]
 
+backends.extension_missing()  # refuses one that does not load
 read_environment()
