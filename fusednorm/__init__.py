@@ -48,4 +48,5 @@ __all__ = [
     "rms_norm",
 ]
 
+backends.extension_missing()  # refuses one that does not load
 read_environment()

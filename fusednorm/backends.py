@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import importlib.metadata
 import importlib.util
 import os
+import re
 import sysconfig
 from collections.abc import Callable, Iterator
 from functools import cache
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -25,6 +26,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fusednorm import reference
+from fusednorm._version import __version__
 from fusednorm.spec import Gradients, Outputs
 from fusednorm.validation import fail
 
@@ -101,31 +103,30 @@ def _triton_missing() -> str | None:
     return None
 
 
-def _wheel() -> str:
-    """Return for what the wheel that is installed was built."""
-    try:
-        about = importlib.metadata.distribution("fusednorm").read_text("WHEEL") or ""
-    except importlib.metadata.PackageNotFoundError:
-        about = ""
-    tags = [line.removeprefix("Tag: ") for line in about.splitlines() if line.startswith("Tag: ")]
-    return f"a wheel for {tags[0]}" if tags else "no wheel"
-
-
 @cache
 def extension_missing() -> str | None:
-    """Return why the compiled extension cannot be loaded, or None once it is."""
+    """Return why there is no compiled extension, or None once it is loaded.
+
+    Raises:
+        ImportError: There is one that does not load: it was built for another platform or torch.
+    """
     name = "fusednorm._C"
     try:
         found = importlib.util.find_spec(name)
     except ValueError:  # something else stands in its place
         found = None
-    if found is None:
+    if found is None or found.origin is None:
         return "the compiled extension was not built (FUSEDNORM_BUILD=cpu)"
     try:
         importlib.import_module(name)
     except ImportError as error:
-        here = f"{sysconfig.get_platform()} with torch {torch.__version__}"
-        return f"the compiled extension does not load: {error} (from {_wheel()}, on {here})"
+        said = re.search(rb"built with (torch [^,\0]+), compiler", Path(found.origin).read_bytes())
+        built = said[1].decode() if said else "nobody knows what"
+        here = f"torch {torch.__version__} for {sysconfig.get_platform()}"
+        raise ImportError(
+            f"fusednorm {__version__}: the compiled extension does not load: {error}; it was built "
+            f"with {built}, and this is {here}"
+        ) from error
     return None
 
 
