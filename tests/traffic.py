@@ -29,6 +29,7 @@ from fusednorm.triton_kernels.config import Architecture
 SAMPLES, ROWS, COLS = 8, 1024, 4096
 DTYPE = torch.bfloat16
 PROCESSORS = 132
+_CHOICE = backends.Choice("triton", "it is counted")
 _H200 = Architecture(warp_size=32, processors=PROCESSORS, shared_bytes=232448, registers=65536)
 
 USES: dict[str, dict[str, Any]] = {
@@ -137,7 +138,7 @@ def _kernels() -> Iterator[_CountLaunches]:
     with (
         pytest.MonkeyPatch.context() as patch,
         mock.patch.multiple(
-            backends, select=lambda tensor, *, plain: "triton", kernels=lambda device: "triton"
+            backends, choose=lambda tensor, *, plain: _CHOICE, kernels=lambda device: "triton"
         ),
         mock.patch.multiple(
             launch,
