@@ -305,7 +305,7 @@ def kernels(device: torch.device) -> str | None:
     """Return the kernels behind our operators on `device`: those requested, if they serve it."""
     if _requested in ("triton", "cuda") and serves(_requested, device):
         return _requested
-    if device.type == "cpu" and extension_missing() is None:
+    if device.type == "cpu" and serves("cpu", device):
         return "cpu"
     return "triton" if serves("triton", device) else None
 
