@@ -113,6 +113,33 @@ def test_as_many_channels_as_a_program_holds(kernels: str, cols: int) -> None:
     assert_accurate(lambda: make((1, 9), cols, torch.bfloat16), of_rows)
 
 
+@pytest.mark.skipif("cpu" not in KERNELS, reason="the compiled kernels do not run here")
+@pytest.mark.parametrize("level", ["portable", "avx2", "avx512", "avx512_bf16"])
+@pytest.mark.parametrize(("positions", "dtype"), [(2048, torch.float32), (4097, torch.bfloat16)])
+def test_outputs_beyond_the_cache(positions: int, dtype: torch.dtype, level: str) -> None:
+    """Outputs of over 4 MB are stored past the cache where vectors are whole, at every level."""
+    from fusednorm import _C  # type: ignore[attr-defined]
+
+    before = _C.level()
+    try:
+        _C.level(level)
+    except ValueError as error:
+        pytest.skip(str(error))
+    x, dy = torch.randn(2, 2, 300, positions, dtype=torch.float64).to(dtype)
+    leaves = [x.requires_grad_(), *(torch.randn(300).to(dtype).requires_grad_() for _ in range(2))]
+    wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    try:
+        with backends.use("cpu"):
+            y = fusednorm.layer_norm2d(*leaves)
+            results = [y, *torch.autograd.grad(y, leaves, dy)]
+    finally:
+        _C.level(before)
+    y = F.layer_norm(wide[0].movedim(1, -1), (300,), *wide[1:], EPS).movedim(-1, 1)
+    for mine, right in zip(results, [y, *torch.autograd.grad(y, wide, dy.double())], strict=True):
+        error = (mine.double() - right).norm() / right.norm()
+        assert error <= torch.finfo(dtype).eps
+
+
 def test_large_mean_costs_no_digits(kernels: str) -> None:
     """x_hat is not offset by the rounding of the mean."""
     mean = 40000.0

@@ -80,9 +80,15 @@ struct Plane {
   ALWAYS_INLINE Vector<C> load(int64_t channel, int64_t offset, P part) const {
     return ::load<C>(data + channel * channel_stride + offset, part);
   }
-  template <class P>
-  ALWAYS_INLINE void store(int64_t channel, int64_t offset, Vector<C> value, P part) const {
-    ::store<C>(data + channel * channel_stride + offset, value, part);
+  template <class P, class S>
+  ALWAYS_INLINE void store(int64_t channel, int64_t offset, Vector<C> value, P part, S past) const {
+    put<C>(data + channel * channel_stride + offset, value, part, past);
+  }
+
+  // Whether whole vectors, which are not read again soon, can be stored past the cache.
+  bool may_stream(const Planes& planes) const {
+    return planes.beyond_cache && channel_stride % lanes<C> == 0 &&
+           reinterpret_cast<uintptr_t>(data) % (lanes<C> * sizeof(T)) == 0;
   }
 };
 
@@ -100,11 +106,21 @@ struct Plane<C, void> {
   ALWAYS_INLINE Vector<C> load(int64_t channel, int64_t offset, P part) const {
     return load_any<C>(row, channel * channel_stride + offset, part);
   }
-  template <class P>
-  ALWAYS_INLINE void store(int64_t channel, int64_t offset, Vector<C> value, P part) const {
+  template <class P, class S>
+  ALWAYS_INLINE void store(int64_t channel, int64_t offset, Vector<C> value, P part, S) const {
     store_any<C>(row, channel * channel_stride + offset, value, part);
   }
+  bool may_stream(const Planes&) const { return false; }
 };
+
+// Calls f with whether the planes are stored past the cache, without a branch in its loops.
+template <class Plane, class F>
+ALWAYS_INLINE void with_streaming(const Plane& plane, const Planes& planes, F&& f) {
+  if (plane.may_stream(planes))
+    f(std::true_type{});
+  else
+    f(std::false_type{});
+}
 
 // Calls f with a value of the type of both, or with nullptr where they differ or are not of C.
 template <class C, class F>
@@ -191,15 +207,17 @@ class ChannelNormalization {
     Vector<C> rstd[V], offset[V];
     finish<V>(run, totals, centre, rstd, offset, part);
     const Plane<C, T> z(p_.z, run);
-    for (int64_t channel = 0; channel < channels; ++channel) {
-      const Vector<C> weight = Vector<C>{} + (weight_ ? weight_[channel] : C(1));
-      const Vector<C> bias = Vector<C>{} + (bias_ ? bias_[channel] : C(0));
+    with_streaming(z, p_.z, [&](auto past) {
+      for (int64_t channel = 0; channel < channels; ++channel) {
+        const Vector<C> weight = Vector<C>{} + (weight_ ? weight_[channel] : C(1));
+        const Vector<C> bias = Vector<C>{} + (bias_ ? bias_[channel] : C(0));
 #pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) {
-        const Vector<C> x_hat = multiply_add(load_x(channel, v) - centre[v], rstd[v], offset[v]);
-        z.store(channel, run.offset(v), multiply_add(x_hat, weight, bias), part);
+        for (int v = 0; v < V; ++v) {
+          const Vector<C> x_hat = multiply_add(load_x(channel, v) - centre[v], rstd[v], offset[v]);
+          z.store(channel, run.offset(v), multiply_add(x_hat, weight, bias), part, past);
+        }
       }
-    }
+    });
   }
 
   // Moves the centres with which digits would cancel to the means; returns whether there are any.
@@ -316,16 +334,18 @@ class ChannelDifferentiation {
       c1[v] = load<C>(means[0]) * rstd[v];
       c2[v] = p_.rms ? Vector<C>{} : load<C>(means[1]);
     }
-    for (int64_t channel = 0; channel < p_.cols; ++channel) {
-      const Vector<C> weight = Vector<C>{} + (weight_ ? weight_[channel] : C(1));
+    with_streaming(dx, p_.dx, [&](auto past) {
+      for (int64_t channel = 0; channel < p_.cols; ++channel) {
+        const Vector<C> weight = Vector<C>{} + (weight_ ? weight_[channel] : C(1));
 #pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) {
-        const Vector<C> x_hat = (x.load(channel, run.offset(v), part) - mean[v]) * rstd[v];
-        const Vector<C> g = dz.load(channel, run.offset(v), part) * weight;
-        const Vector<C> total = (g + multiply_add(x_hat, c1[v], c2[v])) * rstd[v];
-        dx.store(channel, run.offset(v), total, part);
+        for (int v = 0; v < V; ++v) {
+          const Vector<C> x_hat = (x.load(channel, run.offset(v), part) - mean[v]) * rstd[v];
+          const Vector<C> g = dz.load(channel, run.offset(v), part) * weight;
+          const Vector<C> total = (g + multiply_add(x_hat, c1[v], c2[v])) * rstd[v];
+          dx.store(channel, run.offset(v), total, part, past);
+        }
       }
-    }
+    });
   }
 
   // Returns which lanes are not below `first`.
@@ -361,6 +381,7 @@ void run_channels_forward(const ChannelsForward& p, int64_t first_unit, int64_t 
     ChannelNormalization<double>(p).run(first_unit, last_unit);
   else
     ChannelNormalization<float>(p).run(first_unit, last_unit);
+  end_of_stream();
 }
 
 template <class C>
@@ -374,6 +395,7 @@ void run_channels_backward(const ChannelsBackward& p, int64_t first_task, int64_
     channel_tasks<double>(p, first_task, last_task);
   else
     channel_tasks<float>(p, first_task, last_task);
+  end_of_stream();
 }
 
 }  // namespace
