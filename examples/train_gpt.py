@@ -629,7 +629,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"{args.device}, {args.dtype}, torch {torch.__version__}"
     )
     print(change)
-    example = torch.empty(args.batch_size, args.context, args.width, device=args.device)
+    example = torch.zeros(args.batch_size, args.context, args.width, device=args.device)
     with fused.surroundings(), fusednorm.backends.explain() as ran:
         fusednorm.layer_norm(example, args.width)
     print(ran[0], flush=True)

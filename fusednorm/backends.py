@@ -60,6 +60,13 @@ class Launchers(NamedTuple):
     backward: Callable[..., Gradients]
 
 
+class GatedLaunchers(NamedTuple):
+    """What runs the gated norm; the signatures are those of Triton's gated_norm_fwd and _bwd."""
+
+    forward: Callable[..., tuple[Tensor, Tensor | None, Tensor | None]]
+    backward: Callable[..., tuple[Tensor | None, ...]]
+
+
 class Backend(NamedTuple):
     """One implementation of the equation.
 
@@ -67,11 +74,13 @@ class Backend(NamedTuple):
         missing: Returns why it is not installed, or None where it is.
         unfit: Returns why it cannot run on a device, or None where it can.
         launchers: Returns its launchers, once it is installed.
+        gated_launchers: Returns those of the gated norm.
     """
 
     missing: Callable[[], str | None]
     unfit: Callable[[torch.device], str | None]
     launchers: Callable[[], Launchers]
+    gated_launchers: Callable[[], GatedLaunchers]
 
 
 def _check_name(source: str, name: object) -> None:
@@ -215,13 +224,34 @@ def _cpu_launchers() -> Launchers:
     return Launchers(_C.forward, _C.backward)
 
 
+@cache
+def _triton_gated() -> GatedLaunchers:
+    from fusednorm.triton_kernels import gated
+
+    return GatedLaunchers(gated.gated_norm_fwd, gated.gated_norm_bwd)
+
+
+def _cuda_gated() -> GatedLaunchers:
+    fail("cuda backend", "no gate_input, which the triton backend has", "one")
+
+
+@cache
+def _cpu_gated() -> GatedLaunchers:
+    from fusednorm import _C  # type: ignore[attr-defined]
+
+    return GatedLaunchers(_C.gated_forward, _C.gated_backward)
+
+
 _TORCH_LAUNCHERS = Launchers(reference.launch_fwd, reference.launch_bwd)
+_TORCH_GATED = GatedLaunchers(reference.launch_gated_fwd, reference.launch_gated_bwd)
 
 _TABLE = {
-    "triton": Backend(_triton_missing, _triton_unfit, _triton_launchers),
-    "cuda": Backend(cuda_missing, _cuda_unfit, _cuda_launchers),
-    "cpu": Backend(extension_missing, _cpu_unfit, _cpu_launchers),
-    "torch": Backend(lambda: None, lambda device: None, lambda: _TORCH_LAUNCHERS),
+    "triton": Backend(_triton_missing, _triton_unfit, _triton_launchers, _triton_gated),
+    "cuda": Backend(cuda_missing, _cuda_unfit, _cuda_launchers, _cuda_gated),
+    "cpu": Backend(extension_missing, _cpu_unfit, _cpu_launchers, _cpu_gated),
+    "torch": Backend(
+        lambda: None, lambda device: None, lambda: _TORCH_LAUNCHERS, lambda: _TORCH_GATED
+    ),
 }
 """Every backend by name, the preferred one first; nothing else knows what there is."""
 
@@ -231,6 +261,15 @@ NAMES = tuple(_TABLE)
 def launchers(backend: str) -> Launchers:
     """Return the launchers of an installed backend."""
     return _TABLE[backend].launchers()
+
+
+def gated_launchers(backend: str) -> GatedLaunchers:
+    """Return the launchers of the gated norm.
+
+    Raises:
+        ValueError: The backend has none.
+    """
+    return _TABLE[backend].gated_launchers()
 
 
 def _unfit(backend: str, device: torch.device) -> str | None:

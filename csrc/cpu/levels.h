@@ -1,4 +1,4 @@
-// The builds of kernels.h, one for each instruction set.
+// The builds of kernels.h and gated.h, one for each instruction set.
 #pragma once
 
 #include "layer_norm.h"
