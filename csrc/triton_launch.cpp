@@ -11,6 +11,7 @@
 #include <unordered_map>
 
 #include "calls.h"
+#include "gated_calls.h"
 
 namespace fusednorm {
 namespace {
@@ -97,6 +98,12 @@ class Key {
     for (const Term* term : {&p.gate, &p.weight, &p.bias, &p.scale}) put(*term);
   }
 
+  void put(const Gated& p) {
+    put(static_cast<const Problem&>(p));
+    put(uint64_t(p.group_size) << 1 | uint64_t(p.gate_first));
+    for (const Rows* rows : {&p.x, &p.gate_input}) put(*rows);
+  }
+
   std::string str() const {
     return std::string(reinterpret_cast<const char*>(words_), count_ * sizeof *words_);
   }
@@ -174,7 +181,7 @@ PyObject* forward(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
     if (call.is_empty()) return call.outputs();
     const Forward& p = call.p;
     Key key;
-    key.put(uint64_t(integer(arguments[0])) << 1);
+    key.put(uint64_t(integer(arguments[0])) << 2);
     key.put(static_cast<const Problem&>(p));
     key.put(p.eps);
     key.put(p.shift);
@@ -198,7 +205,7 @@ PyObject* backward(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
     const Term dgate = call.dgate(), dweight = call.dweight(), dbias = call.dbias(),
                dscale = call.dscale(), dshift = call.dshift();
     Key key;
-    key.put(uint64_t(integer(arguments[0])) << 1 | 1);
+    key.put(uint64_t(integer(arguments[0])) << 2 | 1);
     key.put(static_cast<const Problem&>(p));
     for (const Rows* rows : {&p.dz, &p.dh, &p.x, &p.h, &p.dx, &p.dresidual}) key.put(*rows);
     for (const void* pointer : {p.mean, p.rstd}) key.pointer(pointer);
@@ -209,6 +216,44 @@ PyObject* backward(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
                               p.dx.data,   p.dresidual.data, dgate.data,  dweight.data,
                               dbias.data,  dscale.data,      dshift.data, nullptr};
     return repeat(call, key, pointers, arguments[5], arguments[1]);
+  });
+}
+
+// triton_gated_forward(device, stream, ..)
+PyObject* gated_forward(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  return call([&]() -> PyObject* {
+    const GatedForwardCall call(named<GatedForwardArguments>(arguments + 2, count - 2));
+    if (call.is_empty()) return call.outputs();
+    const GatedForward& p = call.p;
+    Key key;
+    key.put(uint64_t(integer(arguments[0])) << 2 | 2);
+    key.put(static_cast<const Gated&>(p));
+    key.put(p.eps);
+    key.put(p.z);
+    for (const void* pointer : {p.mean, p.rstd}) key.pointer(pointer);
+    const void* pointers[] = {
+        p.x.data, p.gate_input.data, p.weight.data, p.bias.data, p.z.data, p.mean, p.rstd, nullptr};
+    return repeat(call, key, pointers, arguments[2], arguments[1]);
+  });
+}
+
+// triton_gated_backward(device, stream, ..)
+PyObject* gated_backward(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  return call([&]() -> PyObject* {
+    GatedBackwardCall<GatedBackward> call(named<GatedBackwardArguments>(arguments + 2, count - 2));
+    if (call.is_empty()) return call.outputs();
+    const GatedBackward& p = call.p;
+    const Term dweight = call.dweight(), dbias = call.dbias();
+    Key key;
+    key.put(uint64_t(integer(arguments[0])) << 2 | 3);
+    key.put(static_cast<const Gated&>(p));
+    for (const Rows* rows : {&p.dz, &p.dx, &p.dgate_input}) key.put(*rows);
+    for (const void* pointer : {p.mean, p.rstd}) key.pointer(pointer);
+    for (const Term* gradient : {&dweight, &dbias}) key.put(*gradient);
+    const void* pointers[] = {
+        p.dz.data,   p.x.data,  p.gate_input.data,  p.mean,       p.rstd,     p.weight.data,
+        p.bias.data, p.dx.data, p.dgate_input.data, dweight.data, dbias.data, nullptr};
+    return repeat(call, key, pointers, arguments[3], arguments[1]);
   });
 }
 
@@ -266,6 +311,10 @@ PyMethodDef triton_methods[] = {
      "Repeat a forward; see fusednorm/triton_kernels/plans.py."},
     {"triton_backward", fast(backward), METH_FASTCALL,
      "Repeat a backward; see fusednorm/triton_kernels/plans.py."},
+    {"triton_gated_forward", fast(gated_forward), METH_FASTCALL,
+     "Repeat a gated forward; see fusednorm/triton_kernels/plans.py."},
+    {"triton_gated_backward", fast(gated_backward), METH_FASTCALL,
+     "Repeat a gated backward; see fusednorm/triton_kernels/plans.py."},
     {"triton_keep", fast(keep), METH_FASTCALL,
      "triton_keep(key, starts, scratch, kernels): what to repeat from now on."},
     {"triton_forget", forget, METH_NOARGS, "Forget all that was kept."},

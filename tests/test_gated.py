@@ -560,6 +560,19 @@ def test_checkpoint_across_backends(use_reentrant: bool) -> None:
         torch.testing.assert_close(tuple(leaf.grad for leaf in leaves), expected)
 
 
+@EVERY_BACKEND
+def test_explained(backend: str) -> None:
+    """`backends.explain` says what ran, by the public name."""
+    x, g, weight = (tensor.float() for tensor in drawn(16)[:3])
+    with backends.use(backend), backends.explain() as ran:
+        gated_layer_norm(x, g, 16, weight)
+        fusednorm.modulated_rms_norm(x, 16, None, weight)
+    assert [(one.op, one.backend) for one in ran] == [
+        ("gated_layer_norm", backend),
+        ("modulated_rms_norm", backend),
+    ]
+
+
 def test_function_mode_sees_the_public_name() -> None:
     class Seen(TorchFunctionMode):
         names: ClassVar[list[str]] = []
