@@ -25,8 +25,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
-from fusednorm.arithmetic import Probed, Swap
+from fusednorm.recognition import Probed
 from fusednorm.replace import Report, _replace
+from fusednorm.swapped import Swap
 
 _Build: TypeAlias = Callable[[], Any]
 

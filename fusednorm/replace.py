@@ -4,7 +4,7 @@ A swap assigns the module's `__class__`. The module stays the same object with a
 it (parameters, hooks, flags, attributes, every reference to it, the optimizer's state): nothing is
 copied, so nothing can be forgotten. Of torch's norms only the exact classes of `REPLACEMENTS` are
 swapped so, because the assignment takes away what a subclass defines. All other norms get a
-subclass of their own class, with a forward that runs fused what `arithmetic` has compared.
+subclass of their own class, with a forward that runs fused what `recognition` has compared.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from fusednorm import modules
-from fusednorm.arithmetic import Probed, Swap, SwappedNorm, find_swap, swapped_class
 from fusednorm.modules import LayerNorm, RMSNorm
+from fusednorm.recognition import Probed, find_swap
+from fusednorm.swapped import Swap, SwappedNorm, swapped_class
 from fusednorm.validation import fail
 
 REPLACEMENTS: dict[type[nn.Module], type[nn.Module]] = {

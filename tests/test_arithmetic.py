@@ -1,4 +1,4 @@
-"""`fusednorm.arithmetic`: the probe tries all that the forward of a norm may branch on.
+"""`fusednorm.recognition`: the probe tries all that the forward of a norm may branch on.
 
 Each of these norms computes what Llama's does, except in one circumstance. A call in that
 circumstance has the result of the norm's own forward, whatever became of the norm.
@@ -273,7 +273,7 @@ def test_a_norm_whose_axis_depends_on_the_rank(size, calls):
     replace_norms(norm)
     for x, y in zip(inputs, expected, strict=True):
         torch.testing.assert_close(norm(x), y)
-    assert len(calls) == 2
+    assert len(calls) == 3
 
 
 def test_the_epsilon_is_the_attribute_that_the_forward_reads():

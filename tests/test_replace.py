@@ -15,8 +15,8 @@ from torch import nn
 from torch.nn.utils import parametrize, prune
 
 import fusednorm
-from fusednorm import arithmetic, backends, functional, modules, replace
-from fusednorm.arithmetic import Rule, SwappedNorm
+from fusednorm import backends, functional, modules, recognition, replace, swapped
+from fusednorm.arithmetic import Rule
 from fusednorm.modules import AdaLayerNorm, AddLayerNorm, AddRMSNorm, LayerNorm, RMSNorm
 from fusednorm.replace import Report, replace_norms, restore_norms
 
@@ -213,7 +213,8 @@ class RaisingRMSNorm(OwnRMSNorm):
 
 class GatedRMSNorm(OwnRMSNorm):
     def forward(self, x, gate=None):
-        return self.weight * self.x_hat(x).to(x.dtype)
+        y = self.weight * self.x_hat(x).to(x.dtype)
+        return y if gate is None else y * torch.tanh(gate)
 
 
 class BiasedRMSNorm(OwnRMSNorm):
@@ -558,7 +559,7 @@ def test_a_norm_of_a_model_gets_a_subclass_of_its_class(cls, rule):
     assert replace_norms(model) == Report(swapped=("a", "b"), left=())
     assert model["a"] is norm
     assert isinstance(norm, cls)
-    assert isinstance(norm, SwappedNorm)
+    assert isinstance(norm, swapped.SwappedNorm)
     assert rule_of(norm) == rule
     assert type(norm) is type(model["b"])
     assert repr(model) == shown
@@ -628,8 +629,8 @@ def test_the_arithmetic_is_that_of_the_instance():
 
 
 def test_a_class_is_probed_once(monkeypatch):
-    probed, find = [], arithmetic._find
-    monkeypatch.setattr(arithmetic, "_find", lambda *args: probed.append(args[0]) or find(*args))
+    probed, find = [], recognition._find
+    monkeypatch.setattr(recognition, "_find", lambda *args: probed.append(args[0]) or find(*args))
     own = (LlamaRMSNorm(eps=float("0.02")) for _ in range(3))  # equal, not the same
     model = nn.Sequential(*own, GemmaRMSNorm(), LlamaRMSNorm(8, 0.02), LlamaRMSNorm(6, 0.02))
     assert len(replace_norms(model).swapped) == 6
@@ -719,7 +720,7 @@ def test_the_probe_finds_the_arithmetic_of_any_size(cls, rule, size):
     replace_norms(norm)
     found = rule_of(norm)
     assert (found if size > 1 else found._replace(rounded=rule.rounded)) == rule
-    assert type(norm)._fusednorm_swap.ranks == (1, 2, 3, 4)
+    assert dict(type(norm)._fusednorm_swap.axes) == {1: -1, 2: -1, 3: -1, 4: -1}
 
 
 def test_probing_needs_no_data():
@@ -882,11 +883,11 @@ LEFT = {
     "fused adaptive": (AdaLayerNorm(6, 2), "already fusednorm.AdaLayerNorm"),
     "no forward": (
         SomeLayerNorm(),
-        "SomeLayerNorm: its forward has other parameters than the input",
+        "SomeLayerNorm: its forward has other parameters than an input and a gate",
     ),
     "two arguments": (
         GatedRMSNorm(),
-        "GatedRMSNorm: its forward has other parameters than the input",
+        "its arithmetic with a second argument is none that fusednorm has",
     ),
     "a buffer": (
         BufferedRMSNorm(),
@@ -898,7 +899,7 @@ LEFT = {
     ),
     "no epsilon": (
         NoEpsilonRMSNorm(),
-        "NoEpsilonRMSNorm: it has no attribute that may be an epsilon",
+        "NoEpsilonRMSNorm: its arithmetic is none that fusednorm has",
     ),
     "raises": (RaisingRMSNorm(), "its forward raised NotImplementedError when it was probed"),
     **{
@@ -969,7 +970,7 @@ def sharded(norm: nn.Module) -> nn.Module:
         (lambda: sharded(LlamaRMSNorm()), "sharded: swap it before fully_shard"),
         (lambda: sharded(nn.LayerNorm(6)), "sharded: swap it before fully_shard"),
         (LazyRMSNorm, "its weight is not materialised yet: run the model once first"),
-        (BuiltinRMSNorm, "its forward has other parameters than the input"),
+        (BuiltinRMSNorm, "its forward has other parameters than an input and a gate"),
         (UnusualSubclassesRMSNorm, "missing 1 required keyword-only argument: 'needed'"),
     ],
     ids=["sharded", "sharded LayerNorm", "lazy", "builtin", "subclass"],

@@ -1,0 +1,196 @@
+"""The class of a norm that is run fused where it has been compared."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fusednorm.arithmetic import Held, Mix, Rule, words
+
+AUTOCAST_DEVICES = ("cpu", "cuda")
+ROW_RANKS, CHANNEL_RANKS = (1, 2, 3, 4), (3, 4, 5)
+"""How many dimensions an input may have that is normalised over the last one, and over dimension 1.
+
+Over dimension 1 of two is over the last one.
+"""
+SHORTEST = 1e-12
+"""The length that `torch.nn.functional.normalize` takes a shorter row to have."""
+
+
+class Swap(NamedTuple):
+    """What the class of a swapped norm is made of; it can be compared, hashed and pickled.
+
+    Attributes:
+        original: the norm's own class.
+        arguments: the names of the tensors that a call gives: the input, and a gate if it has one.
+        held: where an instance has its weight, bias and epsilon.
+        size: N, or None where any will do.
+        shape: the shape of weight and bias, or None without them.
+        fixed: the other attributes that the forward may read, with their values.
+        axes: which dimension is normalised, by the number of dimensions of the input.
+        rules: the mixes that are run fused, and how.
+        autocast: the devices and mixes that are run fused under autocast, and how.
+    """
+
+    original: type[nn.Module]
+    arguments: tuple[str, ...]
+    held: Held
+    size: int | None
+    shape: tuple[int, ...] | None
+    fixed: tuple[tuple[str, Any], ...]
+    axes: tuple[tuple[int, int], ...]
+    rules: tuple[tuple[Mix, Rule], ...]
+    autocast: tuple[tuple[tuple[str, Mix], Rule], ...]
+
+    def describe(self) -> str:
+        """Say what is run fused; all else stays with the norm's own forward."""
+        mixes = [mix for mix, _ in self.rules]
+        text = [words(mixes)]
+        rows = tuple(rank for rank, axis in self.axes if axis == -1)
+        if rows not in ((), ROW_RANKS):
+            text.append(f"of rank {', '.join(map(str, rows))}")
+        if channels := [str(rank) for rank, axis in self.axes if axis == 1]:
+            text.append(f"over dimension 1 of rank {', '.join(channels)}")
+        if not isinstance(self.held.epsilon, str) and self.held.epsilon < SHORTEST:
+            text.append("a row of a length below 1e-8 that is not 0 by another epsilon")
+        for device in AUTOCAST_DEVICES:
+            under = [mix for (of, mix), _ in self.autocast if of == device]
+            if under != mixes:
+                text.append(f"under {device} autocast {words(under) if under else 'nothing'}")
+        return "; ".join(text)
+
+
+class SwappedNorm(nn.Module):
+    """What stands before a norm's own class in the bases of its class once it is swapped."""
+
+    _fusednorm_swap: ClassVar[Swap]
+    _fusednorm_axes: ClassVar[dict[int, int]]
+    _fusednorm_rules: ClassVar[dict[Mix, Rule]]
+    _fusednorm_autocast: ClassVar[dict[tuple[str, Mix], Rule]]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run fused what has been compared, and the norm's own forward in all other cases."""
+        swap = self._fusednorm_swap
+        names, held = swap.arguments, swap.held
+        if len(args) + len(kwargs) == len(names):
+            x = args[0] if args else kwargs.get(names[0])
+            gate = None
+            if len(names) == 2:
+                gate = args[1] if len(args) == 2 else kwargs.get(names[1])
+            weight = None if held.weight is None else getattr(self, held.weight)
+            bias = None if held.bias is None else getattr(self, held.bias)
+            rule = self._fusednorm_rule(x, weight, bias, gate)
+            if rule is not None:
+                eps = held.epsilon
+                eps = getattr(self, eps) if isinstance(eps, str) else eps
+                return _fused(rule, x, weight, bias, eps, gate, self._fusednorm_axes[x.dim()])
+        return super().forward(*args, **kwargs)
+
+    def _fusednorm_rule(
+        self, x: Any, weight: Tensor | None, bias: Tensor | None, gate: Any
+    ) -> Rule | None:
+        """Return the rule for a call, or None for one of a kind that nobody has compared."""
+        swap = self._fusednorm_swap
+        if not isinstance(x, Tensor) or (axis := self._fusednorm_axes.get(x.dim())) is None:
+            return None
+        mix = (x.dtype, None if weight is None else weight.dtype)
+        if (
+            (swap.size is not None and x.shape[axis] != swap.size)
+            or (weight is not None and weight.shape != swap.shape)
+            or (bias is not None and (bias.shape != swap.shape or bias.dtype != mix[1]))
+            or x.layout is not torch.strided
+            or x.is_nested
+        ):
+            return None
+        if len(swap.arguments) == 2 and not (
+            isinstance(gate, Tensor)
+            and gate.shape == x.shape
+            and gate.dtype == x.dtype
+            and gate.layout is torch.strided
+            and gate.device == x.device
+        ):
+            return None
+        for name, value in swap.fixed:
+            if getattr(self, name, None) != value:
+                return None
+        device = x.device.type
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            return self._fusednorm_autocast.get((device, mix))
+        return self._fusednorm_rules.get(mix)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """Tell pickle and deepcopy how to make the class, which cannot be imported by a name."""
+        state = super().__reduce_ex__(protocol)[2:]
+        return (_new_swapped, tuple(self._fusednorm_swap), *state)
+
+
+def _fused(
+    rule: Rule,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float | None,
+    gate: Tensor | None,
+    axis: int,
+) -> Tensor:
+    """Run a rule on an input that lies as the module's does."""
+    size = x.shape[axis]
+    weight, bias = _row(weight, size), _row(bias, size)
+    if axis == -1:
+        return rule.fused(x, weight, bias, eps, gate)
+    x, gate = x.movedim(1, -1), None if gate is None else gate.movedim(1, -1)
+    return rule.fused(x, weight, bias, eps, gate).movedim(-1, 1)
+
+
+def _row(parameter: Tensor | None, size: int) -> Tensor | None:
+    """Return a weight or bias of shape [1, N, 1], say, or of one number, as [N]."""
+    if parameter is None or (parameter.dim() == 1 and parameter.shape[0] == size):
+        return parameter
+    return parameter.reshape(-1).expand(size)
+
+
+_SWAPPED_CLASSES: dict[Swap, type[SwappedNorm]] = {}
+
+
+def swapped_class(swap: Swap) -> type[SwappedNorm]:
+    """Return the class of a swapped norm: the same one for the same swap."""
+    if swap not in _SWAPPED_CLASSES:
+        namespace = {
+            "_fusednorm_swap": swap,
+            "_fusednorm_axes": dict(swap.axes),
+            "_fusednorm_rules": dict(swap.rules),
+            "_fusednorm_autocast": dict(swap.autocast),
+        }
+        bases = (SwappedNorm, swap.original)
+        _SWAPPED_CLASSES[swap] = type(swap.original.__name__, bases, namespace)
+    return _SWAPPED_CLASSES[swap]
+
+
+def _new_swapped(*swap: Any) -> nn.Module:
+    """Return a swapped norm with nothing in it, for pickle to fill."""
+    return bare(swapped_class(Swap(*swap)))
+
+
+def bare(cls: type[nn.Module]) -> nn.Module:
+    """Return an instance with nothing in it: `__new__` may want arguments that nobody has."""
+    return object.__new__(cls)
+
+
+def arguments(cls: type[nn.Module]) -> list[tuple[str, ...]]:
+    """Return the names of the tensors that a forward may be called with: one, or two.
+
+    A second one is tried first, since who has it gives it.
+    """
+    forward = getattr(cls, "forward", None)
+    try:
+        _, *parameters = inspect.signature(forward).parameters.values() if forward else []
+    except (TypeError, ValueError):  # a builtin has no signature
+        return []
+    plain = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    optional = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    needed = {p.name for p in parameters if p.default is p.empty and p.kind not in optional}
+    named = [p.name for p in parameters[:2] if p.kind is plain]
+    return [tuple(named[:n]) for n in range(len(named), 0, -1) if needed <= {*named[:n]}]
