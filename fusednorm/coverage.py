@@ -68,6 +68,7 @@ class _Tally:
         self.norms: Counter[str] = Counter()
         self.served: Counter[str] = Counter()
         self.reasons: Counter[str] = Counter()
+        self.others: Counter[str] = Counter()
         self.unreported: Counter[str] = Counter()
         self._probed: Probed = {}
 
@@ -98,15 +99,14 @@ class _Tally:
         return f"{len(report.swapped):4} swapped, {left:4} left"
 
     def _left(self, model: nn.Module, report: Report) -> int:
-        """Count what was left by reason, containers apart, and return how many norms that is."""
+        """Count what was left by reason, and return how many norms that is."""
         left = 0
         for name, reason in report.left:
             cls = type(model.get_submodule(name)).__name__
-            if "of the norms within it" in reason:
-                self.norms["modules around norms"] += 1
-                continue
             left += 1
             self.reasons[f"{cls}: {reason.rpartition(': ')[2]}"] += 1
+        for name, what in report.others:
+            self.others[f"{type(model.get_submodule(name)).__name__}: {what}"] += 1
         self.norms["swapped"] += len(report.swapped)
         self.norms["left"] += left
         return left
@@ -125,7 +125,7 @@ class _Tally:
 
     def _unreported(self, model: nn.Module, report: Report, classes: dict[str, type]) -> None:
         """Count the classes whose forward normalises and that the report does not have."""
-        known = {*report.swapped, *dict(report.left)}
+        known = {*report.swapped, *dict(report.left), *dict(report.others)}
         for name, cls in classes.items():
             if name not in known and not cls.__module__.startswith("torch."):
                 try:
@@ -143,6 +143,8 @@ class _Tally:
         rows += [f"{count:7} {use}" for use, count in self.served.items()]
         rows += ["", "Left, by class and reason:"]
         rows += [f"{count:7} {reason}" for reason, count in self.reasons.most_common()]
+        rows += ["", "Called a norm, and no norm of a row:"]
+        rows += [f"{count:7} {what}" for what, count in self.others.most_common()]
         rows += ["", "Forwards that normalise on the way, in modules that are no norms:"]
         rows += [f"{count:7} {name}" for name, count in self.unreported.most_common()]
         return "\n".join(rows)

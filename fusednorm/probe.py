@@ -235,8 +235,9 @@ class Probe:
         except Exception:  # it takes something else
             return False
         plain = self.own(call)[0]
-        both = isinstance(gated, Tensor) and isinstance(plain, Tensor)
-        return not (both and gated.shape == plain.shape and same(gated, plain))
+        if not isinstance(gated, Tensor) or not isinstance(plain, Tensor):
+            return True
+        return gated.shape != plain.shape or not same(gated, plain)
 
 
 def _contents(module: nn.Module) -> list[tuple[str, int, int]]:

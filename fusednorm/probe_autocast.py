@@ -100,7 +100,10 @@ class _Operators(TorchDispatchMode):
         kwargs = kwargs or {}
         # Autocast itself asks for the device, which computes nothing.
         if func.namespace != "prim":
-            given = tree_map_only(Tensor, lambda t: (t.dtype, t.shape, t.device), (args, kwargs))
+            # It also names the dtype that a reduction has anyway.
+            dtypes = [t.dtype for t in args if isinstance(t, Tensor)]
+            named = {k: v for k, v in kwargs.items() if (k, [v]) != ("dtype", dtypes[:1])}
+            given = tree_map_only(Tensor, lambda t: (t.dtype, t.shape, t.device), (args, named))
             self.operators.append((func, given))
         return func(*args, **kwargs)
 

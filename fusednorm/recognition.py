@@ -8,10 +8,12 @@ on; all else stays with the norm's own forward.
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from itertools import permutations, product
+from types import CodeType
 from typing import Any, TypeAlias
 
 import torch
@@ -32,6 +34,7 @@ NOT_OURS = "its arithmetic is none that fusednorm has"
 ACROSS_ROWS = "it normalises across rows"
 
 _WEIGHTLESS_SIZE = 96
+_STATISTICS = re.compile("norm|rms|sqrt|mean|var|std|square|pow")
 # What a forward may have as a number in it: torch's defaults, and what people write.
 _CONSTANTS = (1e-5, 1e-6, 1e-8, 1e-12, EPS)
 
@@ -162,7 +165,10 @@ def _is_across_rows(norm: nn.Module, parameters: dict[str, nn.Parameter], rank: 
 
     try:
         y = result(x)
-        for place in ((0,) * (rank - 1), (0, slice(None), *(0,) * (rank - 2))):
+        if y.shape != x.shape:
+            return False
+        places: list[Any] = [(0,) * (rank - 1), (0, slice(None), *(0,) * (rank - 2))]
+        for place in places:
             changed = x.clone()
             changed[place] += 1.0
             difference = (result(changed) - y).abs() > 1e-6
@@ -172,6 +178,37 @@ def _is_across_rows(norm: nn.Module, parameters: dict[str, nn.Parameter], rank: 
     except Exception:  # of code that is not ours
         return False
     return True
+
+
+def computes_statistics(module: nn.Module) -> bool:
+    """Whether the code of a module's own methods names an operator that a norm is made of.
+
+    What it calls its parts and attributes does not count.
+    """
+    classes = [cls for cls in type(module).__mro__ if issubclass(cls, nn.Module)]
+    forward = getattr(type(module), "forward", nn.Module.forward)
+    if forward is nn.Module.forward or not hasattr(forward, "__code__"):
+        return True  # for all that is known
+    if nn.LayerNorm in classes or nn.RMSNorm in classes:
+        return True
+    own = {*vars(module), *module._parameters, *module._buffers, *module._modules}
+    used: set[str] = set()
+    hidden = {"__init__", "reset_parameters", "extra_repr"}
+    for cls in classes[: classes.index(nn.Module)]:
+        for name, method in vars(cls).items():
+            code = getattr(getattr(method, "__func__", method), "__code__", None)
+            if name not in hidden and isinstance(code, CodeType):
+                names = _names(code)
+                used |= names
+                if "super" not in names:
+                    hidden.add(name)
+    return any(map(_STATISTICS.search, used - own - {*dir(type(module))}))
+
+
+def _names(code: CodeType) -> set[str]:
+    """Return the names of all globals and attributes that code uses."""
+    inner = (_names(const) for const in code.co_consts if isinstance(const, CodeType))
+    return {*code.co_names}.union(*inner)
 
 
 @contextmanager

@@ -76,8 +76,8 @@ class SwappedNorm(nn.Module):
         swap = self._fusednorm_swap
         names, held = swap.arguments, swap.held
         if len(args) + len(kwargs) == len(names):
-            x = args[0] if args else kwargs.get(names[0])
-            gate = None
+            x: Any = args[0] if args else kwargs.get(names[0])
+            gate: Any = None
             if len(names) == 2:
                 gate = args[1] if len(args) == 2 else kwargs.get(names[1])
             weight = None if held.weight is None else getattr(self, held.weight)

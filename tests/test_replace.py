@@ -237,15 +237,6 @@ class MatrixRMSNorm(LlamaRMSNorm):
         super().__init__((2, 6))
 
 
-class NoEpsilonRMSNorm(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(6))
-
-    def forward(self, x):
-        return self.weight * x
-
-
 BFLOAT16, FLOAT32 = torch.bfloat16, torch.float32
 # What each computes in bfloat16 with a bfloat16 weight.
 OWN_NORMS = {
@@ -897,10 +888,6 @@ LEFT = {
         MatrixRMSNorm(),
         "MatrixRMSNorm: it holds other things than a weight [N], a bias [N] and an epsilon",
     ),
-    "no epsilon": (
-        NoEpsilonRMSNorm(),
-        "NoEpsilonRMSNorm: its arithmetic is none that fusednorm has",
-    ),
     "raises": (RaisingRMSNorm(), "its forward raised NotImplementedError when it was probed"),
     **{
         impostor.__name__: (impostor(), "its arithmetic is none that fusednorm has")
@@ -1097,7 +1084,7 @@ class RmsNorm(LlamaRMSNorm):
 
 class ZeroNormGated(nn.Module):
     def forward(self, x, gate):
-        return x
+        return x * torch.rsqrt(x.square().sum() + gate)
 
 
 class AdaptiveNormBlock(nn.Module):
@@ -1114,9 +1101,64 @@ def test_every_module_that_normalises_is_in_the_report():
     model = nn.Sequential(RmsNorm(), ZeroNormGated(), AdaptiveNormBlock())
     report = replace_norms(model)
     assert report.swapped == ("0", "2.norm")
-    assert dict(report.left).keys() == {"1", "2", "2.other"}
-    reason = dict(report.left)["2"]
-    assert reason.endswith("; of the norms within it 1 of 2 are swapped")
+    assert dict(report.left).keys() == {"1", "2.other"}
+    assert report.others == (("2", "a block around norms, of which 1 of 2 are swapped"),)
+    assert str(report).splitlines()[0] == "2 swapped, 2 left, 1 no norm of a row"
+
+
+class ScaleNorm(nn.Module):
+    """Called a norm."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(6))
+
+    def forward(self, x):
+        return self.weight * x
+
+
+class ConvNorm(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(6, 6, 1), nn.BatchNorm2d(6)
+
+    def forward(self, x):
+        return self.norm(self.conv(x))
+
+
+class FrozenBatchNorm(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("running_mean", torch.zeros(6))
+        self.register_buffer("running_var", torch.ones(6))
+
+    def forward(self, x):
+        return (x - self.running_mean) * torch.rsqrt(self.running_var)
+
+
+class ResponseNorm(nn.Module):
+    """ConvNeXt V2's, over the map of a channel."""
+
+    def __init__(self, size=96):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+
+    def forward(self, x):
+        return x + self.weight * x * x.square().sum((1, 2), keepdim=True).sqrt()
+
+
+OTHERS = {
+    ScaleNorm: "it computes no statistics",
+    ConvNorm: "a block around BatchNorm2d",
+    FrozenBatchNorm: "it normalises by running statistics",
+    ResponseNorm: "it normalises across rows",
+}
+
+
+@pytest.mark.parametrize(("cls", "what"), OTHERS.items())
+def test_what_is_called_a_norm_and_is_none_of_a_row(cls, what):
+    assert replace_norms(cls()) == Report((), ())
+    assert replace_norms(cls()).others == (("", what),)
 
 
 def test_the_report_says_what_is_served():
