@@ -2,9 +2,11 @@
 
 A target is `MODULE:CALLABLE`, which is called without arguments for a model, or one of
 
-    transformers  transformers:MODEL_TYPE   with few layers and small sizes where its config allows
-    timm          timm:MODEL
-    diffusers     diffusers:CLASS
+    transformers    transformers:MODEL_TYPE   with few layers and small sizes where it allows that
+    timm            timm:MODEL
+    diffusers       diffusers:CLASS
+    open_clip       open_clip:MODEL
+    x_transformers  x_transformers:OPTION     a decoder with one of the options about norms
 
 of which the first in each line stands for all that the library has. Models are made on the meta
 device: no weight is loaded, and nothing runs but the probe.
@@ -38,7 +40,10 @@ _USES = {
     "bfloat16 autocast on cuda, bfloat16 weights": (torch.bfloat16, torch.bfloat16, "cuda"),
     "bfloat16 autocast on cuda, float32 weights": (torch.bfloat16, torch.float32, "cuda"),
 }
-_LIBRARIES = ("torch", "fusednorm", "transformers", "timm", "diffusers")
+_LIBRARIES = {
+    **{name: name for name in ("torch", "fusednorm", "transformers", "timm", "diffusers")},
+    **{"open_clip": "open_clip_torch", "x_transformers": "x-transformers"},
+}
 _NORMALISES = re.compile(r"\b(F|functional|torch)\.(layer_norm|rms_norm|rsqrt)\(")
 
 
@@ -54,7 +59,7 @@ def main(targets: list[str]) -> int:
                 print(f"{name:40} {tally.add(build)}", flush=True)
     except KeyboardInterrupt:
         print("interrupted: the sums are those of the models above")
-    versions = {library: version(library) for library in _LIBRARIES if find_spec(library)}
+    versions = {name: version(name) for spec, name in _LIBRARIES.items() if find_spec(spec)}
     print("\n" + ", ".join(" ".join(pair) for pair in versions.items()))
     print(tally)
     return int(tally.models["replace_norms raised"] > 0)
@@ -153,7 +158,10 @@ class _Tally:
 def _models(target: str) -> Iterator[tuple[str, _Build]]:
     """Yield the models that a target stands for."""
     library, _, name = target.partition(":")
-    builders = {"transformers": _transformers, "timm": _timm, "diffusers": _diffusers}
+    builders = {
+        **{"transformers": _transformers, "timm": _timm, "diffusers": _diffusers},
+        **{"open_clip": _open_clip, "x_transformers": _x_transformers},
+    }
     if library in builders:
         yield from builders[library](name)
     else:
@@ -174,6 +182,39 @@ def _diffusers(name: str) -> Iterator[tuple[str, _Build]]:
             names = inspect.signature(cls.__init__).parameters
             few = {key: 1 for key in names if key in ("num_layers", "num_single_layers")}
             yield f"diffusers:{model}", lambda cls=cls, few=few: cls(**few)  # type: ignore[misc]
+
+
+def _open_clip(name: str) -> Iterator[tuple[str, _Build]]:
+    library = importlib.import_module("open_clip")
+    for model in [name] if name else library.list_models():
+        config = {**library.get_model_config(model)}
+        config.pop("custom_text", None)
+
+        def build(config: dict[str, Any] = config) -> Any:
+            cls = library.CustomTextCLIP if "hf_model_name" in config["text_cfg"] else library.CLIP
+            return cls(**config)
+
+        yield f"open_clip:{model}", build
+
+
+def _x_transformers(name: str) -> Iterator[tuple[str, _Build]]:
+    library = importlib.import_module("x_transformers")
+    layers = importlib.import_module("x_transformers.x_transformers").AttentionLayers
+    options = [
+        key
+        for key, parameter in inspect.signature(layers.__init__).parameters.items()
+        if parameter.default is False and "norm" in key
+    ]
+    for option in [name] if name else ["", *options]:
+        given = {option: True} if option else {}
+        if "adaptive" in option:
+            given["dim_condition"] = 64  # type: ignore[assignment]
+
+        def build(given: dict[str, Any] = given) -> Any:
+            decoder = library.Decoder(dim=64, depth=2, heads=4, **given)
+            return library.TransformerWrapper(num_tokens=64, max_seq_len=64, attn_layers=decoder)
+
+        yield f"x_transformers:{option or 'default'}", build
 
 
 def _transformers(name: str) -> Iterator[tuple[str, _Build]]:

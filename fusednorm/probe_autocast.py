@@ -51,6 +51,8 @@ def under_autocast(
         elif all(_computing(other) == _computing(traces[single][0]) for other in others):
             # All of it is run in float32, as torch's own norms are.
             found["cuda", mix] = rule._replace(rounded=FLOAT32, out=FLOAT32)
+        elif all(_cast_back(other, x) == _computing(traces[single][0]) for other in others):
+            found["cuda", mix] = rule._replace(rounded=FLOAT32, out=mix[0])
     return found
 
 
@@ -114,6 +116,14 @@ def _computing(traces: list[list[Any]]) -> list[list[Any]]:
         [(func, given) for func, given in operators if given[1].get("dtype") != FLOAT32]
         for operators in traces
     ]
+
+
+def _cast_back(traces: list[list[Any]], dtype: torch.dtype) -> list[list[Any]]:
+    """Return the operators of `_computing` without a cast to a dtype at the end, if all have it."""
+    computing = _computing(traces)
+    if not all(ops and ops[-1][1][1].get("dtype") == dtype for ops in computing):
+        return []
+    return [ops[:-1] for ops in computing]
 
 
 @contextmanager

@@ -446,3 +446,31 @@ def test_a_jagged_input_is_left_to_the_norm(calls):
     x = torch.nested.nested_tensor([torch.randn(2, 8), torch.randn(3, 8)], layout=torch.jagged)
     assert norm(x).layout is torch.jagged
     assert calls == []
+
+
+# What autocast does on CUDA
+
+
+class CastBackLayerNorm(nn.LayerNorm):
+    """open_clip's: under an autocast it is float32 on the way only."""
+
+    def forward(self, x):
+        return F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps).to(x.dtype)
+
+
+class RoundingLayerNorm(nn.LayerNorm):
+    """Under an autocast it rounds before the weight."""
+
+    def forward(self, x):
+        return F.layer_norm(x, self.normalized_shape, eps=self.eps).to(x.dtype) * self.weight
+
+
+def test_a_result_that_is_cast_back_under_autocast():
+    half = ("cuda", (torch.bfloat16, torch.bfloat16))
+    replace_norms(norm := CastBackLayerNorm(6))
+    rule = type(norm)._fusednorm_autocast[half]
+    assert (rule.rounded, rule.out) == (torch.float32, torch.bfloat16)
+    single = type(norm)._fusednorm_autocast["cuda", (torch.float32, torch.float32)]
+    assert single.out == torch.float32
+    replace_norms(norm := RoundingLayerNorm(6, bias=False))
+    assert half not in type(norm)._fusednorm_autocast
