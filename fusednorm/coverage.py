@@ -27,6 +27,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
+from fusednorm.adaptive import AdaptiveNorm
 from fusednorm.recognition import Probed
 from fusednorm.replace import Report, _replace
 from fusednorm.swapped import Swap
@@ -98,8 +99,9 @@ class _Tally:
         if report.swapped or left:
             self.models["with norms"] += 1
             self.models["with all norms swapped"] += not left
+        classes = {n: type(m) for n, m in model.named_modules(remove_duplicate=False)}
         for name in report.swapped:
-            self._serve(type(dict(model.named_modules(remove_duplicate=False))[name]))
+            self._serve(classes[name])
         self._unreported(model, report, before)
         return f"{len(report.swapped):4} swapped, {left:4} left"
 
@@ -112,13 +114,16 @@ class _Tally:
             self.reasons[f"{cls}: {reason.rpartition(': ')[2]}"] += 1
         for name, what in report.others:
             self.others[f"{type(model.get_submodule(name)).__name__}: {what}"] += 1
-        self.norms["swapped"] += len(report.swapped)
         self.norms["left"] += left
         return left
 
     def _serve(self, cls: type[nn.Module]) -> None:
         """Count the uses in which a swapped norm is run fused: all of them for torch's own."""
+        if issubclass(cls, AdaptiveNorm):
+            self.norms["modulated in one call"] += 1
+            return
         swap: Swap | None = getattr(cls, "_fusednorm_swap", None)
+        self.norms["swapped"] += 1
         for use, (dtype, weight, autocast) in _USES.items():
             mix = (dtype, weight if swap is None or swap.held.weight else None)
             if swap is None:

@@ -27,7 +27,7 @@ from fusednorm.probe import TWIN_SIZE, LeftError, Probe, attributes
 from fusednorm.probe_autocast import under_autocast
 from fusednorm.swapped import SHORTEST, Swap, arguments
 
-Probed: TypeAlias = dict[tuple[Any, ...], "Swap | str"]
+Probed: TypeAlias = dict[tuple[Any, ...], Any]
 """What the probe has found, for all that it may depend on."""
 
 NOT_OURS = "its arithmetic is none that fusednorm has"
@@ -49,11 +49,12 @@ def find_swap(norm: nn.Module, probed: Probed) -> Swap | str:
             *((name, v if _is_plain(v) else id(v)) for name, v in attributes(norm)),
         )
         if key not in probed:
-            with _undisturbed():
+            with undisturbed():
                 probed[key] = _find(norm, parameters)
     except LeftError as left:
         return str(left)
-    return probed[key]
+    found: Swap | str = probed[key]
+    return found
 
 
 def _parameters(norm: nn.Module) -> dict[str, nn.Parameter]:
@@ -212,7 +213,7 @@ def _names(code: CodeType) -> set[str]:
 
 
 @contextmanager
-def _undisturbed() -> Iterator[None]:
+def undisturbed() -> Iterator[None]:
     """Keep the probe's surroundings out of it, and it out of them."""
     with (
         _disable_current_modes(),

@@ -19,9 +19,11 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from fusednorm import modules
+from fusednorm.adaptive import Adaptive, AdaptiveNorm
+from fusednorm.adaptive_probe import find_adaptive
 from fusednorm.modules import LayerNorm, RMSNorm
 from fusednorm.recognition import ACROSS_ROWS, Probed, computes_statistics, find_swap
-from fusednorm.swapped import Swap, SwappedNorm, swapped_class
+from fusednorm.swapped import Swap, Swapped, swapped_class
 from fusednorm.validation import fail
 
 REPLACEMENTS: dict[type[nn.Module], type[nn.Module]] = {
@@ -44,6 +46,7 @@ _Fates: TypeAlias = dict[nn.Module, type[nn.Module] | str]
 # Holds the class a swapped norm had. It is an entry of the instance's `__dict__`, so that deepcopy
 # and pickle carry it and the state dict does not.
 _ORIGINAL = "_fusednorm_original"
+_AROUND = "a block around norms"
 
 
 @dataclass(frozen=True)
@@ -138,7 +141,7 @@ def _replace(
 ) -> Report:
     """Do what `replace_norms` says, and remember in `probed` what was found out."""
     norms = _norms("replace_norms", model)
-    included = norms.keys() if include is None else _selected("include", include, norms)
+    included = {*norms} if include is None else _selected("include", include, norms)
     excluded = set() if exclude is None else _selected("exclude", exclude, norms)
 
     def fate(norm: nn.Module) -> type[nn.Module] | str:
@@ -159,7 +162,11 @@ def _replace(
             fates[norm] = _assign(norm, replacement)
             if fates[norm] is replacement:
                 norm.__dict__[_ORIGINAL] = original
-    return _report(norms, fates, {norm: _other_kind(norm, fates) for norm in norms})
+    others = {norm: _other_kind(norm, fates) for norm in norms}
+    for norm, kind in others.items():
+        if kind is not None and kind.startswith(_AROUND) and norm in included - excluded:
+            _adapt(norm, fates, probed)
+    return _report(norms, fates, others)
 
 
 def restore_norms(model: nn.Module) -> Report:
@@ -194,6 +201,18 @@ def restore_norms(model: nn.Module) -> Report:
             if fates[norm] is original:
                 del norm.__dict__[_ORIGINAL]
     return _report(norms, fates)
+
+
+def _adapt(norm: nn.Module, fates: _Fates, probed: Probed) -> None:
+    """Run the scale and the shift of an AdaLN module together with its norms, if it is one."""
+    try:
+        found = find_adaptive(norm, probed)
+        replacement = swapped_class(found, AdaptiveNorm) if isinstance(found, Adaptive) else None
+    except Exception:  # of code that is not ours
+        return
+    if replacement is not None and _assign(norm, replacement) is replacement:
+        norm.__dict__[_ORIGINAL] = replacement._fusednorm_swap.original
+        fates[norm] = replacement
 
 
 def _assign(norm: nn.Module, cls: type[nn.Module]) -> type[nn.Module] | str:
@@ -284,7 +303,7 @@ def _replacement(norm: nn.Module, probed: Probed) -> type[nn.Module] | str:
     forward: Any = getattr(cls, "forward", None)  # a scripted module has none on its class
     if getattr(forward, "__module__", None) == modules.__name__:
         return f"already fusednorm.{forward.__qualname__.partition('.')[0]}"
-    if isinstance(norm, SwappedNorm):
+    if isinstance(norm, Swapped):
         return "already swapped"
     if is_parametrized(norm):
         return "parametrized: swap it before register_parametrization"
@@ -324,7 +343,7 @@ def _other_kind(norm: nn.Module, fates: _Fates) -> str | None:
     parts = [fates[part] for part in inner if part in fates]
     if parts:
         swapped = sum(not isinstance(part, str) for part in parts)
-        return f"a block around norms, of which {swapped} of {len(parts)} are swapped"
+        return f"{_AROUND}, of which {swapped} of {len(parts)} are swapped"
     of_torch = sorted({type(part).__name__ for part in inner if isinstance(part, _OTHER_NORMS)})
     return f"a block around {', '.join(of_torch)}" if of_torch else "it computes no statistics"
 
@@ -333,7 +352,7 @@ def _report(norms: _Norms, fates: _Fates, others: Mapping[nn.Module, str | None]
     """List what became of each norm: a class that it got, or a reason."""
     named = [(name, norm, fates[norm]) for norm, names in norms.items() for name in names]
     swaps = [(name, getattr(fate, "_fusednorm_swap", None)) for name, _, fate in named]
-    kinds = [(name, others.get(norm)) for name, norm, _ in named]
+    kinds = [(name, others.get(norm)) for name, norm, fate in named if isinstance(fate, str)]
     apart = tuple((name, kind) for name, kind in kinds if kind is not None)
     return Report(
         swapped=tuple(name for name, _, fate in named if not isinstance(fate, str)),

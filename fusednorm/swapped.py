@@ -63,8 +63,25 @@ class Swap(NamedTuple):
         return "; ".join(text)
 
 
-class SwappedNorm(nn.Module):
-    """What stands before a norm's own class in the bases of its class once it is swapped."""
+class Swapped(nn.Module):
+    """What stands before a module's own class in the bases of its class once it is swapped."""
+
+    _fusednorm_swap: ClassVar[Any]
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """Tell pickle and deepcopy how to make the class, which cannot be imported by a name."""
+        state = super().__reduce_ex__(protocol)[2:]
+        base = next(cls for cls in type(self).__mro__ if Swapped in cls.__bases__)
+        return (_new_swapped, (self._fusednorm_swap, base), *state)
+
+    @classmethod
+    def _fusednorm_namespace(cls, swap: Any) -> dict[str, Any]:
+        """Return what the class of a swapped module has beside its swap."""
+        return {}
+
+
+class SwappedNorm(Swapped):
+    """A norm that is run fused where it has been compared."""
 
     _fusednorm_swap: ClassVar[Swap]
     _fusednorm_axes: ClassVar[dict[int, int]]
@@ -74,20 +91,26 @@ class SwappedNorm(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run fused what has been compared, and the norm's own forward in all other cases."""
         swap = self._fusednorm_swap
-        names, held = swap.arguments, swap.held
+        names = swap.arguments
         if len(args) + len(kwargs) == len(names):
             x: Any = args[0] if args else kwargs.get(names[0])
             gate: Any = None
             if len(names) == 2:
                 gate = args[1] if len(args) == 2 else kwargs.get(names[1])
-            weight = None if held.weight is None else getattr(self, held.weight)
-            bias = None if held.bias is None else getattr(self, held.bias)
+            weight, bias, eps = self._fusednorm_held()
             rule = self._fusednorm_rule(x, weight, bias, gate)
             if rule is not None:
-                eps = held.epsilon
-                eps = getattr(self, eps) if isinstance(eps, str) else eps
                 return _fused(rule, x, weight, bias, eps, gate, self._fusednorm_axes[x.dim()])
         return super().forward(*args, **kwargs)
+
+    def _fusednorm_held(self) -> tuple[Tensor | None, Tensor | None, float | None]:
+        """Return weight, bias and epsilon."""
+        weight, bias, epsilon = self._fusednorm_swap.held
+        return (
+            None if weight is None else getattr(self, weight),
+            None if bias is None else getattr(self, bias),
+            getattr(self, epsilon) if isinstance(epsilon, str) else epsilon,
+        )
 
     def _fusednorm_rule(
         self, x: Any, weight: Tensor | None, bias: Tensor | None, gate: Any
@@ -121,10 +144,14 @@ class SwappedNorm(nn.Module):
             return self._fusednorm_autocast.get((device, mix))
         return self._fusednorm_rules.get(mix)
 
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        """Tell pickle and deepcopy how to make the class, which cannot be imported by a name."""
-        state = super().__reduce_ex__(protocol)[2:]
-        return (_new_swapped, tuple(self._fusednorm_swap), *state)
+    @classmethod
+    def _fusednorm_namespace(cls, swap: Swap) -> dict[str, Any]:
+        """Return what a call looks up, as dicts."""
+        return {
+            "_fusednorm_axes": dict(swap.axes),
+            "_fusednorm_rules": dict(swap.rules),
+            "_fusednorm_autocast": dict(swap.autocast),
+        }
 
 
 def _fused(
@@ -138,40 +165,34 @@ def _fused(
 ) -> Tensor:
     """Run a rule on an input that lies as the module's does."""
     size = x.shape[axis]
-    weight, bias = _row(weight, size), _row(bias, size)
+    weight, bias = row(weight, size), row(bias, size)
     if axis == -1:
         return rule.fused(x, weight, bias, eps, gate)
     x, gate = x.movedim(1, -1), None if gate is None else gate.movedim(1, -1)
     return rule.fused(x, weight, bias, eps, gate).movedim(-1, 1)
 
 
-def _row(parameter: Tensor | None, size: int) -> Tensor | None:
+def row(parameter: Tensor | None, size: int) -> Tensor | None:
     """Return a weight or bias of shape [1, N, 1], say, or of one number, as [N]."""
     if parameter is None or (parameter.dim() == 1 and parameter.shape[0] == size):
         return parameter
     return parameter.reshape(-1).expand(size)
 
 
-_SWAPPED_CLASSES: dict[Swap, type[SwappedNorm]] = {}
+_CLASSES: dict[Any, type[Swapped]] = {}
 
 
-def swapped_class(swap: Swap) -> type[SwappedNorm]:
-    """Return the class of a swapped norm: the same one for the same swap."""
-    if swap not in _SWAPPED_CLASSES:
-        namespace = {
-            "_fusednorm_swap": swap,
-            "_fusednorm_axes": dict(swap.axes),
-            "_fusednorm_rules": dict(swap.rules),
-            "_fusednorm_autocast": dict(swap.autocast),
-        }
-        bases = (SwappedNorm, swap.original)
-        _SWAPPED_CLASSES[swap] = type(swap.original.__name__, bases, namespace)
-    return _SWAPPED_CLASSES[swap]
+def swapped_class(swap: Any, base: type[Swapped] = SwappedNorm) -> type[Swapped]:
+    """Return the class of a swapped module: the same one for the same swap."""
+    if swap not in _CLASSES:
+        namespace = {"_fusednorm_swap": swap, **base._fusednorm_namespace(swap)}
+        _CLASSES[swap] = type(swap.original.__name__, (base, swap.original), namespace)
+    return _CLASSES[swap]
 
 
-def _new_swapped(*swap: Any) -> nn.Module:
-    """Return a swapped norm with nothing in it, for pickle to fill."""
-    return bare(swapped_class(Swap(*swap)))
+def _new_swapped(swap: Any, base: type[Swapped]) -> nn.Module:
+    """Return a swapped module with nothing in it, for pickle to fill."""
+    return bare(swapped_class(swap, base))
 
 
 def bare(cls: type[nn.Module]) -> nn.Module:

@@ -24,6 +24,7 @@ from mutants import ROOT, failed_test, run_tests
 # The tests that are to notice, the most telling ones first: by module, as it is imported. A module
 # that is not here is left alone.
 TESTS = {
+    **dict.fromkeys(("fusednorm.adaptive", "fusednorm.adaptive_probe"), "test_adaptive"),
     **dict.fromkeys(
         ("fusednorm.arithmetic", "fusednorm.comparison", "fusednorm.probe"),
         "test_arithmetic test_replace",

@@ -22,6 +22,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("fusednorm", "fusednorm.__main__", "fusednorm.coverage"),
     (
         *("fusednorm.functional", "fusednorm.modules", "fusednorm.replace"),
+        *("fusednorm.adaptive", "fusednorm.adaptive_probe"),
         *("fusednorm.arithmetic", "fusednorm.comparison", "fusednorm.probe"),
         *("fusednorm.probe_autocast", "fusednorm.recognition", "fusednorm.swapped"),
         "fusednorm.torch_operators",
