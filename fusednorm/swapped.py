@@ -8,6 +8,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fusednorm import backends, observers
 from fusednorm.arithmetic import Held, Mix, Rule, words
 
 AUTOCAST_DEVICES = ("cpu", "cuda")
@@ -45,6 +46,11 @@ class Swap(NamedTuple):
     rules: tuple[tuple[Mix, Rule], ...]
     autocast: tuple[tuple[tuple[str, Mix], Rule], ...]
 
+    @property
+    def has_short_epsilon(self) -> bool:
+        """Whether the epsilon is that of a shortest length, squared."""
+        return not isinstance(self.held.epsilon, str) and self.held.epsilon < SHORTEST
+
     def describe(self) -> str:
         """Say what is run fused; all else stays with the norm's own forward."""
         mixes = [mix for mix, _ in self.rules]
@@ -54,7 +60,7 @@ class Swap(NamedTuple):
             text.append(f"of rank {', '.join(map(str, rows))}")
         if channels := [str(rank) for rank, axis in self.axes if axis == 1]:
             text.append(f"over dimension 1 of rank {', '.join(channels)}")
-        if not isinstance(self.held.epsilon, str) and self.held.epsilon < SHORTEST:
+        if self.has_short_epsilon:
             text.append("a row of a length below 1e-8 that is not 0 by another epsilon")
         for device in AUTOCAST_DEVICES:
             under = [mix for (of, mix), _ in self.autocast if of == device]
@@ -85,6 +91,7 @@ class SwappedNorm(Swapped):
 
     _fusednorm_swap: ClassVar[Swap]
     _fusednorm_axes: ClassVar[dict[int, int]]
+    _fusednorm_short: ClassVar[bool]
     _fusednorm_rules: ClassVar[dict[Mix, Rule]]
     _fusednorm_autocast: ClassVar[dict[tuple[str, Mix], Rule]]
 
@@ -100,7 +107,7 @@ class SwappedNorm(Swapped):
             weight, bias, eps = self._fusednorm_held()
             rule = self._fusednorm_rule(x, weight, bias, gate)
             if rule is not None:
-                return _fused(rule, x, weight, bias, eps, gate, self._fusednorm_axes[x.dim()])
+                return fused(rule, x, weight, bias, eps, gate, self._fusednorm_axes[x.dim()])
         return super().forward(*args, **kwargs)
 
     def _fusednorm_held(self) -> tuple[Tensor | None, Tensor | None, float | None]:
@@ -139,6 +146,8 @@ class SwappedNorm(Swapped):
         for name, value in swap.fixed:
             if getattr(self, name, None) != value:
                 return None
+        if self._fusednorm_short and not _runs_in_kernels(x):
+            return None
         device = x.device.type
         if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
             return self._fusednorm_autocast.get((device, mix))
@@ -149,12 +158,22 @@ class SwappedNorm(Swapped):
         """Return what a call looks up, as dicts."""
         return {
             "_fusednorm_axes": dict(swap.axes),
+            "_fusednorm_short": swap.has_short_epsilon,
             "_fusednorm_rules": dict(swap.rules),
             "_fusednorm_autocast": dict(swap.autocast),
         }
 
 
-def _fused(
+def _runs_in_kernels(x: Tensor) -> bool:
+    """Whether no formula differentiates that has rstd cubed, infinite where epsilon is too small.
+
+    A row of zeros has a gradient of nan there.
+    """
+    formula = observers.transforms_active() or observers.tracing()
+    return not formula and backends.choose(x, plain=False).backend != "torch"
+
+
+def fused(
     rule: Rule,
     x: Tensor,
     weight: Tensor | None,
