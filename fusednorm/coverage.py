@@ -53,30 +53,34 @@ def main(targets: list[str]) -> int:
     if not targets:
         print(__doc__)
         return 2
-    tally = _Tally()
+    tallies: dict[str, _Tally] = {}
+    probed: Probed = {}
     try:
         for target in targets:
+            library = target.partition(":")[0]
+            tally = tallies.setdefault(library if library in _BUILDERS else "", _Tally(probed))
             for name, build in _models(target):
                 print(f"{name:40} {tally.add(build)}", flush=True)
     except KeyboardInterrupt:
         print("interrupted: the sums are those of the models above")
     versions = {name: version(name) for spec, name in _LIBRARIES.items() if find_spec(spec)}
     print("\n" + ", ".join(" ".join(pair) for pair in versions.items()))
-    print(tally)
-    return int(tally.models["replace_norms raised"] > 0)
+    for library, tally in tallies.items():
+        print(f"\n## {library}\n{tally}" if library else tally)
+    return int(any(tally.models["replace_norms raised"] for tally in tallies.values()))
 
 
 class _Tally:
     """The sums over models, and what the probe has found out so far."""
 
-    def __init__(self) -> None:
+    def __init__(self, probed: Probed) -> None:
         self.models: Counter[str] = Counter()
         self.norms: Counter[str] = Counter()
         self.served: Counter[str] = Counter()
         self.reasons: Counter[str] = Counter()
         self.others: Counter[str] = Counter()
         self.unreported: Counter[str] = Counter()
-        self._probed: Probed = {}
+        self._probed = probed
 
     def add(self, build: _Build) -> str:
         """Swap the norms of a model; return what to say about it."""
@@ -163,12 +167,8 @@ class _Tally:
 def _models(target: str) -> Iterator[tuple[str, _Build]]:
     """Yield the models that a target stands for."""
     library, _, name = target.partition(":")
-    builders = {
-        **{"transformers": _transformers, "timm": _timm, "diffusers": _diffusers},
-        **{"open_clip": _open_clip, "x_transformers": _x_transformers},
-    }
-    if library in builders:
-        yield from builders[library](name)
+    if library in _BUILDERS:
+        yield from _BUILDERS[library](name)
     else:
         yield target, getattr(importlib.import_module(library), name)
 
@@ -193,10 +193,11 @@ def _open_clip(name: str) -> Iterator[tuple[str, _Build]]:
     library = importlib.import_module("open_clip")
     for model in [name] if name else library.list_models():
         config = {**library.get_model_config(model)}
-        config.pop("custom_text", None)
+        custom = config.pop("custom_text", False) or "hf_model_name" in config["text_cfg"]
+        cls = library.CustomTextCLIP if custom else library.CLIP
+        cls = library.CoCa if "multimodal_cfg" in config else cls
 
-        def build(config: dict[str, Any] = config) -> Any:
-            cls = library.CustomTextCLIP if "hf_model_name" in config["text_cfg"] else library.CLIP
+        def build(cls: Any = cls, config: dict[str, Any] = config) -> Any:
             return cls(**config)
 
         yield f"open_clip:{model}", build
@@ -227,13 +228,26 @@ def _transformers(name: str) -> Iterator[tuple[str, _Build]]:
     for model in [name] if name else sorted(auto.CONFIG_MAPPING.keys()):
 
         def build(model: str = model) -> Any:
-            config = auto.CONFIG_MAPPING[model]
-            try:
-                return auto.AutoModel.from_config(_small(config(), {**_FEW, **_NARROW}))
-            except Exception:  # sizes that do not fit together
-                return auto.AutoModel.from_config(_small(config(), _FEW))
+            config, error = auto.CONFIG_MAPPING[model], None
+            for sizes in ({**_FEW, **_NARROW}, _FEW, {}):  # some do not fit together
+                try:
+                    return _of_config(auto, _small(config(), sizes))
+                except Exception as raised:  # noqa: PERF203
+                    error = error or raised
+            raise error or AssertionError
 
         yield f"transformers:{model}", build
+
+
+def _of_config(auto: Any, config: Any) -> Any:
+    """Return the model of a config, also where it is a part of others, without an entry."""
+    if type(config) in auto.MODEL_MAPPING:
+        return auto.AutoModel.from_config(config)
+    path = type(config).__module__.replace("configuration_", "modeling_")
+    for cls in vars(importlib.import_module(path)).values():
+        if getattr(cls, "config_class", None) is type(config) and "PreTrained" not in cls.__name__:
+            return cls(config)
+    return auto.AutoModel.from_config(config)  # which says what is wrong
 
 
 _FEW = {
@@ -258,3 +272,9 @@ def _small(config: Any, sizes: dict[str, int]) -> Any:
         elif hasattr(value, "model_type"):
             _small(value, sizes)
     return config
+
+
+_BUILDERS: dict[str, Callable[[str], Iterator[tuple[str, _Build]]]] = {
+    **{"transformers": _transformers, "timm": _timm, "diffusers": _diffusers},
+    **{"open_clip": _open_clip, "x_transformers": _x_transformers},
+}

@@ -113,7 +113,7 @@ class Probe:
         if not isinstance(y, Tensor) or y.dtype not in (x, FLOAT32):
             return []
         roundings = dict.fromkeys((FLOAT32, x, weight or x))
-        offsets = (0,) if self.held.weight is None else (0, 1)
+        offsets = (0,) if self.held.weight is None or self.gated else (0, 1)
         centrings = (True, False) if self.held.bias is None else (False, True)
         gates = ("before", "after") if self.gated else (None,)
         return [

@@ -100,8 +100,9 @@ class _Operators(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        # Autocast itself asks for the device, which computes nothing.
-        if func.namespace != "prim":
+        # Autocast itself asks for the device, which computes nothing; nor does a view.
+        views = any(r.alias_info and not r.alias_info.is_write for r in func._schema.returns)
+        if func.namespace != "prim" and not views:
             # It also names the dtype that a reduction has anyway.
             dtypes = [t.dtype for t in args if isinstance(t, Tensor)]
             named = {k: v for k, v in kwargs.items() if (k, [v]) != ("dtype", dtypes[:1])}
