@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusednorm import functional
-from fusednorm.spec import Operands
+from fusednorm import functional, gated
+from fusednorm.spec import GatedOperands, GatedSpec, Operands
 from fusednorm.validation import check_norm
 
 Mix: TypeAlias = tuple[torch.dtype, torch.dtype | None]
@@ -85,11 +85,11 @@ class Rule(NamedTuple):
         gate: Tensor | None = None,
     ) -> Tensor:
         """Return y from the kernels."""
-        if gate is not None:
-            return self.plain(x, weight, bias, EPS if eps is None else eps, gate)
         op = "rms_norm" if self.rms else "layer_norm"
         eps = EPS if eps is None else eps
         shape, eps = check_norm(op, x, tuple(x.shape[-1:]), weight, bias, eps)
+        if gate is not None:
+            return self._gated(GatedOperands(x, gate, weight, bias), shape, eps)
         scale: Tensor | None = None
         shift: Tensor | None = None
         rounded: torch.dtype | None = self.rounded
@@ -100,6 +100,11 @@ class Rule(NamedTuple):
             rounded = None  # y alone is rounded: torch's own operators may serve, too
         operands = Operands(x, weight=weight, bias=bias, scale=scale, shift=shift)
         return functional.norm(op, operands, shape, eps, rounded, rms=self.rms, out_dtype=self.out)
+
+    def _gated(self, operands: GatedOperands, shape: tuple[int, ...], eps: float) -> Tensor:
+        rounded = None if self.rounded == FLOAT32 else self.rounded
+        options = (self.group or shape[0], eps, self.rms, self.gate == "before", self.out, rounded)
+        return gated.run(operands, GatedSpec(shape, *options))
 
 
 class Held(NamedTuple):
