@@ -20,6 +20,7 @@ from fusednorm.swapped import SwappedNorm, bare
 # What models call the rows of another stream, and the condition that need not be given.
 _ROWS = ("context", "encoder_hidden_states")
 _CONDITIONS = ("emb", "temb", "condition")
+_STEPS = ("timestep", "class_labels")  # which it embeds itself
 _LARGEST_TWIN = 2**28
 
 
@@ -75,6 +76,8 @@ def _calls(cls: type[nn.Module], size: int, condition: int) -> Iterator[dict[str
             given[parameter.name] = _filled((2, condition))
     yield given
     yield {k: v[:, None] if v.dim() == 2 else v for k, v in given.items()}
+    steps = {p.name: torch.tensor([0, 1]) for p in others if p.name in _STEPS}
+    yield {first.name: given[first.name], **steps}
 
 
 def _agrees(module: nn.Module, norms: tuple[str, ...], call: dict[str, Tensor]) -> bool:
@@ -83,15 +86,16 @@ def _agrees(module: nn.Module, norms: tuple[str, ...], call: dict[str, Tensor]) 
         twin, results = _twin(module, dtype), []
         made: list[Deferred] = []
         for view in (twin, View(twin, norms, made)):
-            given = {k: v.detach().to(dtype) for k, v in call.items()}
-            for tensor in given.values():
-                tensor.requires_grad_(dtype == FLOAT32)
+            given = {k: v.detach() for k, v in call.items()}
+            rows = [k for k, v in given.items() if v.is_floating_point()]
+            for name in rows:
+                given[name] = given[name].to(dtype).requires_grad_(dtype == FLOAT32)
             with torch.set_grad_enabled(dtype == FLOAT32):
                 result = modulated(type(module), view, (), given)  # type: ignore[arg-type]
             outputs = list(result) if isinstance(result, tuple | list) else [result]
             if dtype == FLOAT32:
                 total = torch.stack([y.square().sum() for y in outputs]).sum()
-                outputs += torch.autograd.grad(total / 2, [*given.values()])
+                outputs += torch.autograd.grad(total / 2, [given[name] for name in rows])
             results.append(outputs)
         if not any(deferred.modulations for deferred in made):
             return False

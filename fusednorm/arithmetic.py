@@ -104,7 +104,8 @@ class Rule(NamedTuple):
     def _gated(self, operands: GatedOperands, shape: tuple[int, ...], eps: float) -> Tensor:
         rounded = None if self.rounded == FLOAT32 else self.rounded
         options = (self.group or shape[0], eps, self.rms, self.gate == "before", self.out, rounded)
-        return gated.run(operands, GatedSpec(shape, *options))
+        op = "gated_rms_norm" if self.rms else "gated_layer_norm"
+        return gated.run(op, operands, GatedSpec(shape, *options))
 
 
 class Held(NamedTuple):
