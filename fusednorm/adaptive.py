@@ -119,11 +119,16 @@ def _arithmetic(norm: nn.Module, x: Any) -> _Arithmetic | None:
             return None
         out = functional._output_dtype(x, rms)
         return _Arithmetic(rms, norm.weight, getattr(norm, "bias", None), norm.eps, None, out)
-    if not isinstance(norm, SwappedNorm):
+    if not isinstance(norm, SwappedNorm) or norm._fusednorm_swap.parts:
         return None
     weight, bias, eps = norm._fusednorm_held()
     rule = norm._fusednorm_rule(x, weight, bias, None)
-    if rule is None or rule.offset or norm._fusednorm_axes[x.dim()] != -1:
+    if (
+        rule is None
+        or rule.offset
+        or norm._fusednorm_swap.parts
+        or norm._fusednorm_axes[x.dim()] != -1
+    ):
         return None
     size = x.shape[-1]
     eps = EPS if eps is None else eps

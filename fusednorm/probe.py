@@ -48,6 +48,7 @@ class Probe:
         parameter = None if held.weight is None else norm._parameters[held.weight]
         self.shape = None if parameter is None else tuple(parameter.shape)
         self.is_scalar = parameter is not None and parameter.numel() == 1
+        self.parts = tuple(name for name, part in norm._modules.items() if part is not None)
         self.groups: list[int | None] = [None]
         if self.gated:
             divisors = [v for _, v in attributes(norm) if type(v) is int and 1 < v < size]
@@ -213,6 +214,7 @@ class Probe:
             for name, value in attributes(self.norm):
                 state[name] = _resized(value, self.size, size)
         state["training"] = call.training
+        state["_modules"] = {name: nn.Identity() for name in self.parts}
         if call.eps != self.eps:
             state[str(self.held.epsilon)] = call.eps
         for held, parameter in zip(self.held[:2], leaves[1:3], strict=True):
@@ -222,6 +224,29 @@ class Probe:
                 state["_parameters"][held] = parameter
         stand_in.__dict__ = state
         return stand_in
+
+    def ends_with_parts(self, axes: dict[int, int]) -> bool:
+        """Whether the parts, an activation say, are run on the norm's result in their order."""
+        if not self.parts:
+            return True
+        float32 = (FLOAT32, None if self.held.weight is None else FLOAT32)
+        parts = {
+            name: copy.deepcopy(part).eval() for name, part in self.norm._modules.items() if part
+        }
+        for rank, axis in axes.items():
+            call = next(self._shapes(float32, rank, axis))
+            leaves = call.leaves()
+            whole, norm = self.stand_in(call, leaves), self.stand_in(call, leaves)
+            whole.__dict__["_modules"] = parts
+            with torch.no_grad():
+                y, expected = self.run(norm, call, leaves), self.run(whole, call, leaves)
+                y = y if axis == -1 else y.movedim(-1, axis)
+                for part in parts.values():
+                    y = part(y)
+                y = y if axis == -1 else y.movedim(axis, -1)
+            if y.shape != expected.shape or y.dtype != expected.dtype or not same(y, expected):
+                return False
+        return True
 
     def changed_by(self, names: tuple[str, ...]) -> bool:
         """Whether a second argument, where one is taken, makes another result."""

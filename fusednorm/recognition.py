@@ -47,6 +47,7 @@ def find_swap(norm: nn.Module, probed: Probed) -> Swap | str:
             type(norm),
             *((name, p.shape, p.dtype) for name, p in parameters.items()),
             *((name, v if _is_plain(v) else id(v)) for name, v in attributes(norm)),
+            *((name, type(part), repr(part)) for name, part in norm._modules.items()),
         )
         if key not in probed:
             with undisturbed():
@@ -65,7 +66,8 @@ def _parameters(norm: nn.Module) -> dict[str, nn.Parameter]:
     if any(is_lazy(value) for value in parameters.values()):
         raise LeftError("its weight is not materialised yet: run the model once first")
     shapes = {tuple(value.shape) for value in parameters.values()}
-    others = [*norm._buffers.values(), *norm._modules.values()]
+    parts = [tensor for part in norm._modules.values() if part for tensor in _tensors(part)]
+    others = [*norm._buffers.values(), *parts]
     if (
         len(parameters) > 2
         or len(shapes) > 1
@@ -74,6 +76,10 @@ def _parameters(norm: nn.Module) -> dict[str, nn.Parameter]:
     ):
         raise LeftError("it holds other things than a weight [N], a bias [N] and an epsilon")
     return parameters
+
+
+def _tensors(part: nn.Module) -> list[Tensor]:
+    return [*part.parameters(), *part.buffers()]
 
 
 def _is_plain(value: Any) -> bool:
@@ -92,6 +98,8 @@ def _find(norm: nn.Module, parameters: dict[str, nn.Parameter]) -> Swap | str:
         for held in _holdings(norm, parameters, size or _WEIGHTLESS_SIZE):
             probe = Probe(norm, names, held, size or _WEIGHTLESS_SIZE)
             axes, rules = probe.findings()
+            if rules and not probe.ends_with_parts(axes):
+                rules = {}
             if not rules:
                 raised = raised or probe.raised
                 reason = NOT_OURS if probe.compared else reason
@@ -111,6 +119,7 @@ def _find(norm: nn.Module, parameters: dict[str, nn.Parameter]) -> Swap | str:
                     held,
                     size,
                     probe.shape,
+                    probe.parts,
                     fixed,
                     tuple(axes.items()),
                     tuple(rules.items()),

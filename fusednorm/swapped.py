@@ -30,6 +30,7 @@ class Swap(NamedTuple):
         held: where an instance has its weight, bias and epsilon.
         size: N, or None where any will do.
         shape: the shape of weight and bias, or None without them.
+        parts: the names of what is run on the result, an activation say, in this order.
         fixed: the other attributes that the forward may read, with their values.
         axes: which dimension is normalised, by the number of dimensions of the input.
         rules: the mixes that are run fused, and how.
@@ -41,6 +42,7 @@ class Swap(NamedTuple):
     held: Held
     size: int | None
     shape: tuple[int, ...] | None
+    parts: tuple[str, ...]
     fixed: tuple[tuple[str, Any], ...]
     axes: tuple[tuple[int, int], ...]
     rules: tuple[tuple[Mix, Rule], ...]
@@ -107,7 +109,10 @@ class SwappedNorm(Swapped):
             weight, bias, eps = self._fusednorm_held()
             rule = self._fusednorm_rule(x, weight, bias, gate)
             if rule is not None:
-                return fused(rule, x, weight, bias, eps, gate, self._fusednorm_axes[x.dim()])
+                y = fused(rule, x, weight, bias, eps, gate, self._fusednorm_axes[x.dim()])
+                for part in swap.parts:
+                    y = getattr(self, part)(y)
+                return y
         return super().forward(*args, **kwargs)
 
     def _fusednorm_held(self) -> tuple[Tensor | None, Tensor | None, float | None]:

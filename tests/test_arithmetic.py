@@ -730,3 +730,45 @@ def test_calls_of_a_gated_norm_that_nobody_compared(ran):
     assert ran == []
     with pytest.raises(TypeError, match=r"forward\(\)"):
         norm(x, x, x)
+
+
+class ActLayerNorm2d(PermutingLayerNorm2d):
+    """timm's: what follows the norm is a part of it."""
+
+    def __init__(self, size=6, act=nn.GELU):
+        super().__init__(size)
+        self.drop, self.act = nn.Dropout(0.0), act()
+
+    def forward(self, x):
+        return self.act(self.drop(super().forward(x)))
+
+
+class ActFirstLayerNorm(ActLayerNorm2d):
+    def forward(self, x):
+        return PermutingLayerNorm2d.forward(self, self.act(self.drop(x)))
+
+
+class OtherOrderLayerNorm(ActLayerNorm2d):
+    def __init__(self):
+        super().__init__()
+        self.drop = nn.Tanh()
+
+    def forward(self, x):
+        return self.drop(self.act(PermutingLayerNorm2d.forward(self, x)))
+
+
+def test_a_norm_with_an_activation(ran):
+    norm = ActLayerNorm2d()
+    nn.init.normal_(norm.weight)
+    original, x = copy.deepcopy(norm), torch.randn(2, 6, 3, 4)
+    assert replace_norms(norm).swapped == ("",)
+    torch.testing.assert_close(norm(x), original(x))
+    norm.act = nn.ReLU()
+    assert (norm(x) >= 0).all()
+    assert len(ran) == 2
+
+
+@pytest.mark.parametrize("cls", [ActFirstLayerNorm, OtherOrderLayerNorm])
+def test_parts_that_are_run_elsewhere(cls):
+    replace_norms(norm := cls())
+    assert type(norm) is cls
