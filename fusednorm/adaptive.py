@@ -123,12 +123,7 @@ def _arithmetic(norm: nn.Module, x: Any) -> _Arithmetic | None:
         return None
     weight, bias, eps = norm._fusednorm_held()
     rule = norm._fusednorm_rule(x, weight, bias, None)
-    if (
-        rule is None
-        or rule.offset
-        or norm._fusednorm_swap.parts
-        or norm._fusednorm_axes[x.dim()] != -1
-    ):
+    if rule is None or rule.offset or norm._fusednorm_axes[x.dim()] != -1:
         return None
     size = x.shape[-1]
     eps = EPS if eps is None else eps
