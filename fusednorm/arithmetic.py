@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusednorm import functional, gated
-from fusednorm.spec import GatedOperands, GatedSpec, Operands
-from fusednorm.validation import check_norm
+from fusednorm import channels, functional, gated
+from fusednorm.spec import GatedOperands, GatedSpec, Operands, Spec
+from fusednorm.validation import check_channel_norm, check_norm
 
 Mix: TypeAlias = tuple[torch.dtype, torch.dtype | None]
 """The dtypes of an input and of a weight; None where there is no weight."""
@@ -100,6 +100,23 @@ class Rule(NamedTuple):
             rounded = None  # y alone is rounded: torch's own operators may serve, too
         operands = Operands(x, weight=weight, bias=bias, scale=scale, shift=shift)
         return functional.norm(op, operands, shape, eps, rounded, rms=self.rms, out_dtype=self.out)
+
+    def fused_over_channels(
+        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float | None
+    ) -> Tensor | None:
+        """Return y of [B, C, *spatial] from the kernels that normalise dimension 1, or None.
+
+        They have no term but weight and bias, and leave channels that are adjacent to the others.
+        """
+        as_stored = weight is None and self.rounded == self.out
+        if x.stride(1) == 1 or (self.offset and weight is not None):
+            return None
+        if self.rounded != FLOAT32 and not as_stored:
+            return None
+        op = "rms_norm2d" if self.rms else "layer_norm2d"
+        eps = check_channel_norm(op, x, weight, bias, EPS if eps is None else eps)
+        spec = Spec((x.shape[1],), eps, self.rms, 0.0, self.out, None, None)
+        return channels.run(op, Operands(x, weight=weight, bias=bias), spec)
 
     def _gated(self, operands: GatedOperands, shape: tuple[int, ...], eps: float) -> Tensor:
         rounded = None if self.rounded == FLOAT32 else self.rounded

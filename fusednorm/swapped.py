@@ -192,6 +192,8 @@ def fused(
     weight, bias = row(weight, size), row(bias, size)
     if axis == -1:
         return rule.fused(x, weight, bias, eps, gate)
+    if gate is None and (y := rule.fused_over_channels(x, weight, bias, eps)) is not None:
+        return y
     x, gate = x.movedim(1, -1), None if gate is None else gate.movedim(1, -1)
     return rule.fused(x, weight, bias, eps, gate).movedim(-1, 1)
 
