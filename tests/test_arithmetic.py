@@ -275,14 +275,14 @@ def test_a_norm_of_another_arithmetic_is_left(cls):
 
 
 @pytest.mark.parametrize("size", [6, 96])
-def test_a_norm_whose_axis_depends_on_the_rank(size, calls):
+def test_a_norm_whose_axis_depends_on_the_rank(size, ran):
     norm = OtherAxisRMSNorm(size)
     inputs = [torch.randn(2, size, 3, size), torch.randn(2, 3, size), torch.randn(3, size)]
     expected = [norm(x) for x in inputs]
     replace_norms(norm)
     for x, y in zip(inputs, expected, strict=True):
         torch.testing.assert_close(norm(x), y)
-    assert len(calls) == 3
+    assert len(ran) == 3
 
 
 def test_the_epsilon_is_the_attribute_that_the_forward_reads():
