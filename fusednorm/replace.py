@@ -302,7 +302,8 @@ def _replacement(norm: nn.Module, probed: Probed) -> type[nn.Module] | str:
         return "sharded: swap it before fully_shard"
     forward: Any = getattr(cls, "forward", None)  # a scripted module has none on its class
     if getattr(forward, "__module__", None) == modules.__name__:
-        return f"already fusednorm.{forward.__qualname__.partition('.')[0]}"
+        fused = next(base for base in cls.__mro__ if base.__module__ == modules.__name__)
+        return f"already fusednorm.{fused.__name__}"
     if isinstance(norm, Swapped):
         return "already swapped"
     if is_parametrized(norm):
