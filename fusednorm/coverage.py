@@ -2,9 +2,11 @@
 
 A target is `MODULE:CALLABLE`, which is called without arguments for a model, or one of
 
-    transformers  transformers:MODEL_TYPE   with few layers and small sizes where its config allows
-    timm          timm:MODEL
-    diffusers     diffusers:CLASS
+    transformers    transformers:MODEL_TYPE   with few layers and small sizes where it allows that
+    timm            timm:MODEL
+    diffusers       diffusers:CLASS
+    open_clip       open_clip:MODEL
+    x_transformers  x_transformers:OPTION     a decoder with one of the options about norms
 
 of which the first in each line stands for all that the library has. Models are made on the meta
 device: no weight is loaded, and nothing runs but the probe.
@@ -25,8 +27,10 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
-from fusednorm.arithmetic import Probed, Swap
+from fusednorm.adaptive import AdaptiveNorm
+from fusednorm.recognition import Probed
 from fusednorm.replace import Report, _replace
+from fusednorm.swapped import Swap
 
 _Build: TypeAlias = Callable[[], Any]
 
@@ -37,7 +41,10 @@ _USES = {
     "bfloat16 autocast on cuda, bfloat16 weights": (torch.bfloat16, torch.bfloat16, "cuda"),
     "bfloat16 autocast on cuda, float32 weights": (torch.bfloat16, torch.float32, "cuda"),
 }
-_LIBRARIES = ("torch", "fusednorm", "transformers", "timm", "diffusers")
+_LIBRARIES = {
+    **{name: name for name in ("torch", "fusednorm", "transformers", "timm", "diffusers")},
+    **{"open_clip": "open_clip_torch", "x_transformers": "x-transformers"},
+}
 _NORMALISES = re.compile(r"\b(F|functional|torch)\.(layer_norm|rms_norm|rsqrt)\(")
 
 
@@ -46,29 +53,34 @@ def main(targets: list[str]) -> int:
     if not targets:
         print(__doc__)
         return 2
-    tally = _Tally()
+    tallies: dict[str, _Tally] = {}
+    probed: Probed = {}
     try:
         for target in targets:
+            library = target.partition(":")[0]
+            tally = tallies.setdefault(library if library in _BUILDERS else "", _Tally(probed))
             for name, build in _models(target):
                 print(f"{name:40} {tally.add(build)}", flush=True)
     except KeyboardInterrupt:
         print("interrupted: the sums are those of the models above")
-    versions = {library: version(library) for library in _LIBRARIES if find_spec(library)}
+    versions = {name: version(name) for spec, name in _LIBRARIES.items() if find_spec(spec)}
     print("\n" + ", ".join(" ".join(pair) for pair in versions.items()))
-    print(tally)
-    return int(tally.models["replace_norms raised"] > 0)
+    for library, tally in tallies.items():
+        print(f"\n## {library}\n{tally}" if library else tally)
+    return int(any(tally.models["replace_norms raised"] for tally in tallies.values()))
 
 
 class _Tally:
     """The sums over models, and what the probe has found out so far."""
 
-    def __init__(self) -> None:
+    def __init__(self, probed: Probed) -> None:
         self.models: Counter[str] = Counter()
         self.norms: Counter[str] = Counter()
         self.served: Counter[str] = Counter()
         self.reasons: Counter[str] = Counter()
+        self.others: Counter[str] = Counter()
         self.unreported: Counter[str] = Counter()
-        self._probed: Probed = {}
+        self._probed = probed
 
     def add(self, build: _Build) -> str:
         """Swap the norms of a model; return what to say about it."""
@@ -91,28 +103,31 @@ class _Tally:
         if report.swapped or left:
             self.models["with norms"] += 1
             self.models["with all norms swapped"] += not left
+        classes = {n: type(m) for n, m in model.named_modules(remove_duplicate=False)}
         for name in report.swapped:
-            self._serve(type(dict(model.named_modules(remove_duplicate=False))[name]))
+            self._serve(classes[name])
         self._unreported(model, report, before)
         return f"{len(report.swapped):4} swapped, {left:4} left"
 
     def _left(self, model: nn.Module, report: Report) -> int:
-        """Count what was left by reason, containers apart, and return how many norms that is."""
+        """Count what was left by reason, and return how many norms that is."""
         left = 0
         for name, reason in report.left:
             cls = type(model.get_submodule(name)).__name__
-            if "of the norms within it" in reason:
-                self.norms["modules around norms"] += 1
-                continue
             left += 1
             self.reasons[f"{cls}: {reason.rpartition(': ')[2]}"] += 1
-        self.norms["swapped"] += len(report.swapped)
+        for name, what in report.others:
+            self.others[f"{type(model.get_submodule(name)).__name__}: {what}"] += 1
         self.norms["left"] += left
         return left
 
     def _serve(self, cls: type[nn.Module]) -> None:
         """Count the uses in which a swapped norm is run fused: all of them for torch's own."""
+        if issubclass(cls, AdaptiveNorm):
+            self.norms["modulated in one call"] += 1
+            return
         swap: Swap | None = getattr(cls, "_fusednorm_swap", None)
+        self.norms["swapped"] += 1
         for use, (dtype, weight, autocast) in _USES.items():
             mix = (dtype, weight if swap is None or swap.held.weight else None)
             if swap is None:
@@ -124,7 +139,7 @@ class _Tally:
 
     def _unreported(self, model: nn.Module, report: Report, classes: dict[str, type]) -> None:
         """Count the classes whose forward normalises and that the report does not have."""
-        known = {*report.swapped, *dict(report.left)}
+        known = {*report.swapped, *dict(report.left), *dict(report.others)}
         for name, cls in classes.items():
             if name not in known and not cls.__module__.startswith("torch."):
                 try:
@@ -142,6 +157,8 @@ class _Tally:
         rows += [f"{count:7} {use}" for use, count in self.served.items()]
         rows += ["", "Left, by class and reason:"]
         rows += [f"{count:7} {reason}" for reason, count in self.reasons.most_common()]
+        rows += ["", "Called a norm, and no norm of a row:"]
+        rows += [f"{count:7} {what}" for what, count in self.others.most_common()]
         rows += ["", "Forwards that normalise on the way, in modules that are no norms:"]
         rows += [f"{count:7} {name}" for name, count in self.unreported.most_common()]
         return "\n".join(rows)
@@ -150,9 +167,8 @@ class _Tally:
 def _models(target: str) -> Iterator[tuple[str, _Build]]:
     """Yield the models that a target stands for."""
     library, _, name = target.partition(":")
-    builders = {"transformers": _transformers, "timm": _timm, "diffusers": _diffusers}
-    if library in builders:
-        yield from builders[library](name)
+    if library in _BUILDERS:
+        yield from _BUILDERS[library](name)
     else:
         yield target, getattr(importlib.import_module(library), name)
 
@@ -173,18 +189,65 @@ def _diffusers(name: str) -> Iterator[tuple[str, _Build]]:
             yield f"diffusers:{model}", lambda cls=cls, few=few: cls(**few)  # type: ignore[misc]
 
 
+def _open_clip(name: str) -> Iterator[tuple[str, _Build]]:
+    library = importlib.import_module("open_clip")
+    for model in [name] if name else library.list_models():
+        config = {**library.get_model_config(model)}
+        custom = config.pop("custom_text", False) or "hf_model_name" in config["text_cfg"]
+        cls = library.CustomTextCLIP if custom else library.CLIP
+        cls = library.CoCa if "multimodal_cfg" in config else cls
+
+        def build(cls: Any = cls, config: dict[str, Any] = config) -> Any:
+            return cls(**config)
+
+        yield f"open_clip:{model}", build
+
+
+def _x_transformers(name: str) -> Iterator[tuple[str, _Build]]:
+    library = importlib.import_module("x_transformers")
+    layers = importlib.import_module("x_transformers.x_transformers").AttentionLayers
+    options = [
+        key
+        for key, parameter in inspect.signature(layers.__init__).parameters.items()
+        if parameter.default is False and "norm" in key
+    ]
+    for option in [name] if name else ["", *options]:
+        given = {option: True} if option else {}
+        if "adaptive" in option:
+            given["dim_condition"] = 64  # type: ignore[assignment]
+
+        def build(given: dict[str, Any] = given) -> Any:
+            decoder = library.Decoder(dim=64, depth=2, heads=4, **given)
+            return library.TransformerWrapper(num_tokens=64, max_seq_len=64, attn_layers=decoder)
+
+        yield f"x_transformers:{option or 'default'}", build
+
+
 def _transformers(name: str) -> Iterator[tuple[str, _Build]]:
     auto = importlib.import_module("transformers.models.auto")
     for model in [name] if name else sorted(auto.CONFIG_MAPPING.keys()):
 
         def build(model: str = model) -> Any:
-            config = auto.CONFIG_MAPPING[model]
-            try:
-                return auto.AutoModel.from_config(_small(config(), {**_FEW, **_NARROW}))
-            except Exception:  # sizes that do not fit together
-                return auto.AutoModel.from_config(_small(config(), _FEW))
+            config, error = auto.CONFIG_MAPPING[model], None
+            for sizes in ({**_FEW, **_NARROW}, _FEW, {}):  # some do not fit together
+                try:
+                    return _of_config(auto, _small(config(), sizes))
+                except Exception as raised:  # noqa: PERF203
+                    error = error or raised
+            raise error or AssertionError
 
         yield f"transformers:{model}", build
+
+
+def _of_config(auto: Any, config: Any) -> Any:
+    """Return the model of a config, also where it is a part of others, without an entry."""
+    if type(config) in auto.MODEL_MAPPING:
+        return auto.AutoModel.from_config(config)
+    path = type(config).__module__.replace("configuration_", "modeling_")
+    for cls in vars(importlib.import_module(path)).values():
+        if getattr(cls, "config_class", None) is type(config) and "PreTrained" not in cls.__name__:
+            return cls(config)
+    return auto.AutoModel.from_config(config)  # which says what is wrong
 
 
 _FEW = {
@@ -209,3 +272,9 @@ def _small(config: Any, sizes: dict[str, int]) -> Any:
         elif hasattr(value, "model_type"):
             _small(value, sizes)
     return config
+
+
+_BUILDERS: dict[str, Callable[[str], Iterator[tuple[str, _Build]]]] = {
+    **{"transformers": _transformers, "timm": _timm, "diffusers": _diffusers},
+    **{"open_clip": _open_clip, "x_transformers": _x_transformers},
+}

@@ -4,12 +4,12 @@ A swap assigns the module's `__class__`. The module stays the same object with a
 it (parameters, hooks, flags, attributes, every reference to it, the optimizer's state): nothing is
 copied, so nothing can be forgotten. Of torch's norms only the exact classes of `REPLACEMENTS` are
 swapped so, because the assignment takes away what a subclass defines. All other norms get a
-subclass of their own class, with a forward that runs fused what `arithmetic` has compared.
+subclass of their own class, with a forward that runs fused what `recognition` has compared.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from types import MethodType
@@ -19,8 +19,11 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from fusednorm import modules
-from fusednorm.arithmetic import Probed, Swap, SwappedNorm, find_swap, swapped_class
+from fusednorm.adaptive import Adaptive, AdaptiveNorm
+from fusednorm.adaptive_probe import find_adaptive
 from fusednorm.modules import LayerNorm, RMSNorm
+from fusednorm.recognition import ACROSS_ROWS, Probed, computes_statistics, find_swap
+from fusednorm.swapped import Swap, Swapped, swapped_class
 from fusednorm.validation import fail
 
 REPLACEMENTS: dict[type[nn.Module], type[nn.Module]] = {
@@ -38,10 +41,12 @@ _OTHER_NORMS = (
 
 Selection: TypeAlias = str | Iterable[str] | Callable[[str, nn.Module], bool]
 _Norms: TypeAlias = dict[nn.Module, list[str]]
+_Fates: TypeAlias = dict[nn.Module, type[nn.Module] | str]
 
 # Holds the class a swapped norm had. It is an entry of the instance's `__dict__`, so that deepcopy
 # and pickle carry it and the state dict does not.
 _ORIGINAL = "_fusednorm_original"
+_AROUND = "a block around norms"
 
 
 @dataclass(frozen=True)
@@ -53,7 +58,9 @@ class Report:
 
     Attributes:
         swapped: the names of the norms whose class was changed.
-        left: the name of every other module that normalises, with the reason.
+        left: the name of every other norm of a row, with the reason.
+        others: the name of every module that is called a norm and is none of a row itself, with
+            what it is: a block around norms, or a norm over a batch, a map or running statistics.
         served: for each swapped norm that is not torch's own, the dtypes of input and weight that
             run fused. All else stays with the norm's own forward.
     """
@@ -61,6 +68,7 @@ class Report:
     swapped: tuple[str, ...]
     left: tuple[tuple[str, str], ...]
     served: tuple[tuple[str, str], ...] = field(default=(), compare=False)
+    others: tuple[tuple[str, str], ...] = field(default=(), compare=False)
 
     def __str__(self) -> str:
         """One line with the counts, then one for each name."""
@@ -70,9 +78,11 @@ class Report:
             for name in self.swapped
         ]
         rows += [(name, f"left: {reason}") for name, reason in self.left]
+        rows += [(name, f"no norm of a row: {what}") for name, what in self.others]
         width = max((len(name or "(root)") for name, _ in rows), default=0)
         lines = [f"  {name or '(root)':{width}}  {fate}" for name, fate in rows]
-        return "\n".join([f"{len(self.swapped)} swapped, {len(self.left)} left", *lines])
+        others = f", {len(self.others)} no norm of a row" if self.others else ""
+        return "\n".join([f"{len(self.swapped)} swapped, {len(self.left)} left{others}", *lines])
 
 
 def replace_norms(
@@ -131,7 +141,7 @@ def _replace(
 ) -> Report:
     """Do what `replace_norms` says, and remember in `probed` what was found out."""
     norms = _norms("replace_norms", model)
-    included = norms.keys() if include is None else _selected("include", include, norms)
+    included = {*norms} if include is None else _selected("include", include, norms)
     excluded = set() if exclude is None else _selected("exclude", exclude, norms)
 
     def fate(norm: nn.Module) -> type[nn.Module] | str:
@@ -145,15 +155,18 @@ def _replace(
             return "excluded"
         return replacement if norm in included else "not included"
 
-    fates = {norm: fate(norm) for norm in norms}
+    fates: _Fates = {norm: fate(norm) for norm in norms}
     for norm, replacement in fates.items():
         if not isinstance(replacement, str):
             original = type(norm)
             fates[norm] = _assign(norm, replacement)
             if fates[norm] is replacement:
                 norm.__dict__[_ORIGINAL] = original
-    _name_parts(fates)
-    return _report(norms, fates)
+    others = {norm: _other_kind(norm, fates) for norm in norms}
+    for norm, kind in others.items():
+        if kind is not None and kind.startswith(_AROUND) and norm in included - excluded:
+            _adapt(norm, fates, probed)
+    return _report(norms, fates, others)
 
 
 def restore_norms(model: nn.Module) -> Report:
@@ -188,6 +201,18 @@ def restore_norms(model: nn.Module) -> Report:
             if fates[norm] is original:
                 del norm.__dict__[_ORIGINAL]
     return _report(norms, fates)
+
+
+def _adapt(norm: nn.Module, fates: _Fates, probed: Probed) -> None:
+    """Run the scale and the shift of an AdaLN module together with its norms, if it is one."""
+    try:
+        found = find_adaptive(norm, probed)
+        replacement = swapped_class(found, AdaptiveNorm) if isinstance(found, Adaptive) else None
+    except Exception:  # of code that is not ours
+        return
+    if replacement is not None and _assign(norm, replacement) is replacement:
+        norm.__dict__[_ORIGINAL] = replacement._fusednorm_swap.original
+        fates[norm] = replacement
 
 
 def _assign(norm: nn.Module, cls: type[nn.Module]) -> type[nn.Module] | str:
@@ -277,8 +302,9 @@ def _replacement(norm: nn.Module, probed: Probed) -> type[nn.Module] | str:
         return "sharded: swap it before fully_shard"
     forward: Any = getattr(cls, "forward", None)  # a scripted module has none on its class
     if getattr(forward, "__module__", None) == modules.__name__:
-        return f"already fusednorm.{forward.__qualname__.partition('.')[0]}"
-    if isinstance(norm, SwappedNorm):
+        fused = next(base for base in cls.__mro__ if base.__module__ == modules.__name__)
+        return f"already fusednorm.{fused.__name__}"
+    if isinstance(norm, Swapped):
         return "already swapped"
     if is_parametrized(norm):
         return "parametrized: swap it before register_parametrization"
@@ -303,23 +329,41 @@ def _restored(norm: nn.Module) -> type[nn.Module] | str:
     return original
 
 
-def _name_parts(fates: dict[nn.Module, type[nn.Module] | str]) -> None:
-    """Say of a module that was left what became of the norms within it."""
-    for norm, reason in fates.items():
-        parts = [fates[part] for part in norm.modules() if part is not norm and part in fates]
-        if parts and isinstance(reason, str):
-            swapped = sum(not isinstance(part, str) for part in parts)
-            fates[norm] = f"{reason}; of the norms within it {swapped} of {len(parts)} are swapped"
+def _other_kind(norm: nn.Module, fates: _Fates) -> str | None:
+    """Return what a module is that was left and is no norm of a row; None for one that is."""
+    reason = fates[norm]
+    if not isinstance(reason, str) or not reason.startswith(f"{_name(type(norm))}: "):
+        return None  # swapped, or left for what was done to it
+    if reason.endswith(ACROSS_ROWS):
+        return ACROSS_ROWS
+    if any(name.startswith("running_") for name, _ in norm.named_buffers(recurse=False)):
+        return "it normalises by running statistics"
+    if computes_statistics(norm):
+        return None
+    inner = [part for part in norm.modules() if part is not norm]
+    parts = [fates[part] for part in inner if part in fates]
+    if parts:
+        swapped = sum(not isinstance(part, str) for part in parts)
+        return f"{_AROUND}, of which {swapped} of {len(parts)} are swapped"
+    of_torch = sorted({type(part).__name__ for part in inner if isinstance(part, _OTHER_NORMS)})
+    return f"a block around {', '.join(of_torch)}" if of_torch else "it computes no statistics"
 
 
-def _report(norms: _Norms, fates: dict[nn.Module, type[nn.Module] | str]) -> Report:
+def _report(norms: _Norms, fates: _Fates, others: Mapping[nn.Module, str | None] = {}) -> Report:
     """List what became of each norm: a class that it got, or a reason."""
-    named = [(name, fates[norm]) for norm, names in norms.items() for name in names]
-    swaps = [(name, getattr(fate, "_fusednorm_swap", None)) for name, fate in named]
+    named = [(name, norm, fates[norm]) for norm, names in norms.items() for name in names]
+    swaps = [(name, getattr(fate, "_fusednorm_swap", None)) for name, _, fate in named]
+    kinds = [(name, others.get(norm)) for name, norm, fate in named if isinstance(fate, str)]
+    apart = tuple((name, kind) for name, kind in kinds if kind is not None)
     return Report(
-        swapped=tuple(name for name, fate in named if not isinstance(fate, str)),
-        left=tuple((name, fate) for name, fate in named if isinstance(fate, str)),
+        swapped=tuple(name for name, _, fate in named if not isinstance(fate, str)),
+        left=tuple(
+            (name, fate)
+            for name, norm, fate in named
+            if isinstance(fate, str) and others.get(norm) is None
+        ),
         served=tuple((name, swap.describe()) for name, swap in swaps if swap is not None),
+        others=apart,
     )
 
 

@@ -24,7 +24,15 @@ from mutants import ROOT, failed_test, run_tests
 # The tests that are to notice, the most telling ones first: by module, as it is imported. A module
 # that is not here is left alone.
 TESTS = {
-    "fusednorm.arithmetic": "test_arithmetic test_replace",
+    **dict.fromkeys(("fusednorm.adaptive", "fusednorm.adaptive_probe"), "test_adaptive"),
+    **dict.fromkeys(
+        ("fusednorm.arithmetic", "fusednorm.comparison", "fusednorm.probe"),
+        "test_arithmetic test_replace",
+    ),
+    **dict.fromkeys(
+        ("fusednorm.probe_autocast", "fusednorm.recognition", "fusednorm.swapped"),
+        "test_arithmetic test_replace",
+    ),
     "fusednorm.autograd": "test_limits test_surroundings test_autograd",
     "fusednorm.backends": "test_limits test_backends",
     "fusednorm.functional": "test_limits test_validation test_autocast test_backends test_terms",

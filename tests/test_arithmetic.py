@@ -1,10 +1,11 @@
-"""`fusednorm.arithmetic`: the probe tries all that the forward of a norm may branch on.
+"""`fusednorm.recognition`: the probe tries all that the forward of a norm may branch on.
 
 Each of these norms computes what Llama's does, except in one circumstance. A call in that
 circumstance has the result of the norm's own forward, whatever became of the norm.
 """
 
 import copy
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fusednorm import backends, functional
+from fusednorm import backends, functional, swapped
 from fusednorm.replace import replace_norms
 
 
@@ -35,6 +36,14 @@ def calls(monkeypatch) -> list[torch.dtype]:
         return fused(op, operands, *args, **kwargs)
 
     monkeypatch.setattr(functional, "norm", spy)
+    return seen
+
+
+@pytest.fixture
+def ran(monkeypatch) -> list[str]:
+    """The calls of a swapped norm that were run fused."""
+    fused, seen = swapped.fused, []
+    monkeypatch.setattr(swapped, "fused", lambda *args: seen.append("fused") or fused(*args))
     return seen
 
 
@@ -266,14 +275,14 @@ def test_a_norm_of_another_arithmetic_is_left(cls):
 
 
 @pytest.mark.parametrize("size", [6, 96])
-def test_a_norm_whose_axis_depends_on_the_rank(size, calls):
+def test_a_norm_whose_axis_depends_on_the_rank(size, ran):
     norm = OtherAxisRMSNorm(size)
     inputs = [torch.randn(2, size, 3, size), torch.randn(2, 3, size), torch.randn(3, size)]
     expected = [norm(x) for x in inputs]
     replace_norms(norm)
     for x, y in zip(inputs, expected, strict=True):
         torch.testing.assert_close(norm(x), y)
-    assert len(calls) == 2
+    assert len(ran) == 3
 
 
 def test_the_epsilon_is_the_attribute_that_the_forward_reads():
@@ -446,3 +455,320 @@ def test_a_jagged_input_is_left_to_the_norm(calls):
     x = torch.nested.nested_tensor([torch.randn(2, 8), torch.randn(3, 8)], layout=torch.jagged)
     assert norm(x).layout is torch.jagged
     assert calls == []
+
+
+# What autocast does on CUDA
+
+
+class CastBackLayerNorm(nn.LayerNorm):
+    """open_clip's: under an autocast it is float32 on the way only."""
+
+    def forward(self, x):
+        return F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps).to(x.dtype)
+
+
+class RoundingLayerNorm(nn.LayerNorm):
+    """Under an autocast it rounds before the weight."""
+
+    def forward(self, x):
+        return F.layer_norm(x, self.normalized_shape, eps=self.eps).to(x.dtype) * self.weight
+
+
+def test_a_result_that_is_cast_back_under_autocast():
+    half = ("cuda", (torch.bfloat16, torch.bfloat16))
+    replace_norms(norm := CastBackLayerNorm(6))
+    rule = type(norm)._fusednorm_autocast[half]
+    assert (rule.rounded, rule.out) == (torch.float32, torch.bfloat16)
+    single = type(norm)._fusednorm_autocast["cuda", (torch.float32, torch.float32)]
+    assert single.out == torch.float32
+    replace_norms(norm := RoundingLayerNorm(6, bias=False))
+    assert half not in type(norm)._fusednorm_autocast
+
+
+# Dimension 1, gates and numbers in the forward
+
+
+class PermutingLayerNorm2d(nn.LayerNorm):
+    """timm's, torchvision's and, with its own operators, ConvNeXt's."""
+
+    def forward(self, x):
+        x = x.permute(0, 2, 3, 1)
+        return F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps).permute(
+            0, 3, 1, 2
+        )
+
+
+class SamLayerNorm(nn.Module):
+    def __init__(self, size=6):
+        super().__init__()
+        self.weight, self.bias = (nn.Parameter(torch.randn(size)) for _ in range(2))
+        self.eps = 1e-6
+
+    def forward(self, x):
+        mean = x.mean(1, keepdim=True)
+        variance = (x - mean).pow(2).mean(1, keepdim=True)
+        x = (x - mean) / torch.sqrt(variance + self.eps)
+        return self.weight[:, None, None] * x + self.bias[:, None, None]
+
+
+class TransposingLayerNorm(nn.LayerNorm):
+    """SqueezeBERT's."""
+
+    def forward(self, x):
+        return super().forward(x.transpose(1, 2)).transpose(1, 2)
+
+
+class NormalizingRMSNorm(nn.Module):
+    """Wan's: a weight of shape [C, 1, 1], no epsilon."""
+
+    def __init__(self, size=6):
+        super().__init__()
+        self.scale, self.gamma = size**0.5, nn.Parameter(torch.randn(size, 1, 1))
+
+    def forward(self, x):
+        return F.normalize(x, dim=1) * self.scale * self.gamma
+
+
+class PerChannelRMSNorm(nn.Module):
+    """LTX's: no weight, any rank, an argument that nobody gives."""
+
+    def __init__(self, size=6):
+        super().__init__()
+        self.eps = 1e-8
+
+    def forward(self, x, dim=None):
+        return x / torch.sqrt(torch.mean(x**2, dim=dim or 1, keepdim=True) + self.eps)
+
+
+CHANNELS_FIRST = {
+    PermutingLayerNorm2d: (4,),
+    SamLayerNorm: (4,),
+    TransposingLayerNorm: (3,),
+    NormalizingRMSNorm: (4,),
+    PerChannelRMSNorm: (3, 4, 5),
+}
+SHAPES = {3: (2, 6, 5), 4: (2, 6, 4, 5), 5: (2, 6, 3, 4, 5)}
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+@pytest.mark.parametrize(("cls", "ranks"), CHANNELS_FIRST.items())
+def test_norms_over_dimension_1_are_swapped(cls, ranks, backend, ran):
+    if backend not in backends.available():
+        pytest.skip(f"the {backend} backend is not here")
+    norm = cls(6)
+    for parameter in norm.parameters():
+        nn.init.normal_(parameter)
+    original = copy.deepcopy(norm)
+    assert replace_norms(norm).swapped == ("",)
+    inputs = [torch.randn(SHAPES[rank]) for rank in ranks]
+    inputs += [x.contiguous(memory_format=torch.channels_last) for x in inputs if x.dim() == 4]
+    inputs += [x[:, :, 1:] for x in inputs]
+    for x in inputs:
+        results = []
+        for module in (norm, original):
+            leaves = [x.clone(memory_format=torch.preserve_format).requires_grad_()]
+            leaves += module.parameters()
+            with backends.use(backend):
+                y = module(leaves[0])
+            results.append([y, *torch.autograd.grad(y.square().sum(), leaves)])
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    assert len(ran) == (len(inputs) if backend == "cpu" or cls is not NormalizingRMSNorm else 0)
+
+
+class ScaleNorm(nn.Module):
+    """x-transformers': one number for a weight."""
+
+    def __init__(self, size=6):
+        super().__init__()
+        self.scale, self.g = size**0.5, nn.Parameter(torch.tensor([0.7]))
+
+    def forward(self, x):
+        return F.normalize(x, dim=-1) * self.scale * self.g
+
+
+class SimpleRMSNorm(nn.Module):
+    def __init__(self, size=6):
+        super().__init__()
+        self.scale = size**0.5
+
+    def forward(self, x):
+        return F.normalize(x, dim=-1) * self.scale
+
+
+class ConstantLayerNorm(nn.Module):
+    """OLMo's and Chameleon's: the epsilon is a number in the forward."""
+
+    def __init__(self, size=6):
+        super().__init__()
+        self.gain = nn.Parameter(torch.randn(size))
+
+    def forward(self, x):
+        return F.layer_norm(x, (x.shape[-1],), None, None, eps=1e-5) * self.gain
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+@pytest.mark.parametrize("cls", [ScaleNorm, SimpleRMSNorm, ConstantLayerNorm])
+@pytest.mark.parametrize("size", [6, 96, 768])
+def test_an_epsilon_that_no_attribute_has(cls, size, backend, ran):
+    """Zeros have a gradient: torch's own operators have none there, so that they are not used."""
+    if backend not in backends.available():
+        pytest.skip(f"the {backend} backend is not here")
+    norm = cls(size)
+    replace_norms(norm)
+    x = torch.randn(4, size) * torch.tensor([1.0, 0.0, 1e-30, 1e-6])[:, None]
+    results = []
+    for forward in (norm, lambda x: cls.forward(norm, x)):
+        leaves = [x.clone().requires_grad_(), *norm.parameters()]
+        with backends.use(backend):
+            y = forward(leaves[0])
+        results.append([y, *torch.autograd.grad(y.sum(), leaves)])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-5, atol=1e-6)
+    assert len(ran) == (backend == "cpu" or cls is ConstantLayerNorm)
+
+
+class ClampedNormalizingNorm(nn.Module):
+    """The shortest length that it divides by is another one."""
+
+    def __init__(self, size=6):
+        super().__init__()
+        self.scale = size**0.5
+
+    def forward(self, x):
+        return F.normalize(x, dim=-1, eps=1e-6) * self.scale
+
+
+class MambaRMSNormGated(nn.Module):
+    """Mamba 2's, Bamba's, Zamba 2's: the gate comes first, and groups have statistics."""
+
+    def __init__(self, size=12, group_size=4):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(size))
+        self.group_size, self.variance_epsilon = group_size, 1e-5
+
+    def forward(self, hidden_states, gate=None):
+        h = hidden_states.float()
+        if gate is not None:
+            h = h * F.silu(gate.float())
+        groups = h.unflatten(-1, (-1, self.group_size))
+        groups = groups * torch.rsqrt(groups.square().mean(-1, keepdim=True) + 1e-5)
+        return self.weight * groups.flatten(-2).to(hidden_states.dtype)
+
+
+class QwenRMSNormGated(nn.Module):
+    """Qwen3-Next's: the gate comes last, and the product before it is rounded."""
+
+    def __init__(self, size=12):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.randn(size)), 1e-6
+
+    def forward(self, x, gate):
+        h = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.eps)
+        return (self.weight * h.to(x.dtype) * F.silu(gate.float())).to(x.dtype)
+
+
+class GatedLayerNorm(nn.LayerNorm):
+    def forward(self, x, z):
+        return super().forward(x) * F.silu(z)
+
+
+class SigmoidRMSNormGated(QwenRMSNormGated):
+    """Kimi's: fusednorm has no such gate."""
+
+    def forward(self, x, gate):
+        h = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.eps)
+        return (self.weight * h * torch.sigmoid(gate.float())).to(x.dtype)
+
+
+@pytest.mark.parametrize("cls", [ClampedNormalizingNorm, SigmoidRMSNormGated])
+def test_what_is_nearly_ours_is_left(cls):
+    replace_norms(norm := cls())
+    assert type(norm) is cls
+
+
+GATED = {
+    "Mamba": MambaRMSNormGated,
+    "Mamba in one group": lambda: MambaRMSNormGated(group_size=12),
+    "Qwen": QwenRMSNormGated,
+    "LayerNorm": lambda: GatedLayerNorm(12),
+}
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+@pytest.mark.parametrize("make", GATED.values(), ids=GATED)
+def test_gated_norms_are_swapped(make, backend, ran):
+    if backend not in backends.available():
+        pytest.skip(f"the {backend} backend is not here")
+    norm = make()
+    original, name = copy.deepcopy(norm), [*inspect.signature(norm.forward).parameters][1]
+    assert replace_norms(norm).swapped == ("",)
+    for dtype in (torch.float32, torch.bfloat16):
+        x, gate = torch.randn(2, 2, 5, 12, dtype=dtype)
+        results = []
+        for module in (norm.to(dtype), original.to(dtype)):
+            leaves = [x.clone().requires_grad_(), gate.clone().requires_grad_()]
+            with backends.use(backend):
+                y = module(leaves[0], **{name: leaves[1]})
+            leaves += module.parameters()
+            results.append([y, *torch.autograd.grad(y.float().square().sum(), leaves)])
+        eps = torch.finfo(dtype).eps
+        for a, b in zip(*results, strict=True):
+            assert a.dtype == b.dtype
+            scale = b.float().abs().amax().item()
+            torch.testing.assert_close(a, b, rtol=4 * eps, atol=16 * eps * scale)
+    assert len(ran) == 2
+
+
+def test_calls_of_a_gated_norm_that_nobody_compared(ran):
+    norm = MambaRMSNormGated(group_size=12)
+    replace_norms(norm)
+    x = torch.randn(5, 12)
+    wide, other = torch.randn(1, 12), torch.randn(5, 12).bfloat16()
+    for given in ((x,), (x, None), (x, wide), (x, other)):
+        torch.testing.assert_close(norm(*given), MambaRMSNormGated.forward(norm, *given))
+    assert ran == []
+    with pytest.raises(TypeError, match=r"forward\(\)"):
+        norm(x, x, x)
+
+
+class ActLayerNorm2d(PermutingLayerNorm2d):
+    """timm's: what follows the norm is a part of it."""
+
+    def __init__(self, size=6, act=nn.GELU):
+        super().__init__(size)
+        self.drop, self.act = nn.Dropout(0.0), act()
+
+    def forward(self, x):
+        return self.act(self.drop(super().forward(x)))
+
+
+class ActFirstLayerNorm(ActLayerNorm2d):
+    def forward(self, x):
+        return PermutingLayerNorm2d.forward(self, self.act(self.drop(x)))
+
+
+class OtherOrderLayerNorm(ActLayerNorm2d):
+    def __init__(self):
+        super().__init__()
+        self.drop = nn.Tanh()
+
+    def forward(self, x):
+        return self.drop(self.act(PermutingLayerNorm2d.forward(self, x)))
+
+
+def test_a_norm_with_an_activation(ran):
+    norm = ActLayerNorm2d()
+    nn.init.normal_(norm.weight)
+    original, x = copy.deepcopy(norm), torch.randn(2, 6, 3, 4)
+    assert replace_norms(norm).swapped == ("",)
+    torch.testing.assert_close(norm(x), original(x))
+    norm.act = nn.ReLU()
+    assert (norm(x) >= 0).all()
+    assert len(ran) == 2
+
+
+@pytest.mark.parametrize("cls", [ActFirstLayerNorm, OtherOrderLayerNorm])
+def test_parts_that_are_run_elsewhere(cls):
+    replace_norms(norm := cls())
+    assert type(norm) is cls

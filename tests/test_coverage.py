@@ -54,7 +54,7 @@ def test_what_is_counted(capsys):
         "1 models with all norms swapped",
         "35 norms swapped",
         "2 norms left",
-        "1 norms modules around norms",
+        "1 NormedBlock: a block around norms, of which 1 of 2 are swapped",
         "35 in bfloat16",
         "2 OwnNorm: its arithmetic is none that fusednorm has",
         f"1 {__name__}.Block",

@@ -22,7 +22,10 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("fusednorm", "fusednorm.__main__", "fusednorm.coverage"),
     (
         *("fusednorm.functional", "fusednorm.modules", "fusednorm.replace"),
-        *("fusednorm.arithmetic", "fusednorm.torch_operators"),
+        *("fusednorm.adaptive", "fusednorm.adaptive_probe"),
+        *("fusednorm.arithmetic", "fusednorm.comparison", "fusednorm.probe"),
+        *("fusednorm.probe_autocast", "fusednorm.recognition", "fusednorm.swapped"),
+        "fusednorm.torch_operators",
     ),
     ("fusednorm.route", "fusednorm.gated", "fusednorm.channels"),
     ("fusednorm.autograd",),

@@ -15,8 +15,8 @@ from torch import nn
 from torch.nn.utils import parametrize, prune
 
 import fusednorm
-from fusednorm import arithmetic, backends, functional, modules, replace
-from fusednorm.arithmetic import Rule, SwappedNorm
+from fusednorm import backends, functional, modules, recognition, replace, swapped
+from fusednorm.arithmetic import Rule
 from fusednorm.modules import AdaLayerNorm, AddLayerNorm, AddRMSNorm, LayerNorm, RMSNorm
 from fusednorm.replace import Report, replace_norms, restore_norms
 
@@ -213,7 +213,8 @@ class RaisingRMSNorm(OwnRMSNorm):
 
 class GatedRMSNorm(OwnRMSNorm):
     def forward(self, x, gate=None):
-        return self.weight * self.x_hat(x).to(x.dtype)
+        y = self.weight * self.x_hat(x).to(x.dtype)
+        return y if gate is None else y * torch.tanh(gate)
 
 
 class BiasedRMSNorm(OwnRMSNorm):
@@ -234,15 +235,6 @@ class BufferedRMSNorm(LlamaRMSNorm):
 class MatrixRMSNorm(LlamaRMSNorm):
     def __init__(self):
         super().__init__((2, 6))
-
-
-class NoEpsilonRMSNorm(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(6))
-
-    def forward(self, x):
-        return self.weight * x
 
 
 BFLOAT16, FLOAT32 = torch.bfloat16, torch.float32
@@ -558,7 +550,7 @@ def test_a_norm_of_a_model_gets_a_subclass_of_its_class(cls, rule):
     assert replace_norms(model) == Report(swapped=("a", "b"), left=())
     assert model["a"] is norm
     assert isinstance(norm, cls)
-    assert isinstance(norm, SwappedNorm)
+    assert isinstance(norm, swapped.SwappedNorm)
     assert rule_of(norm) == rule
     assert type(norm) is type(model["b"])
     assert repr(model) == shown
@@ -628,8 +620,8 @@ def test_the_arithmetic_is_that_of_the_instance():
 
 
 def test_a_class_is_probed_once(monkeypatch):
-    probed, find = [], arithmetic._find
-    monkeypatch.setattr(arithmetic, "_find", lambda *args: probed.append(args[0]) or find(*args))
+    probed, find = [], recognition._find
+    monkeypatch.setattr(recognition, "_find", lambda *args: probed.append(args[0]) or find(*args))
     own = (LlamaRMSNorm(eps=float("0.02")) for _ in range(3))  # equal, not the same
     model = nn.Sequential(*own, GemmaRMSNorm(), LlamaRMSNorm(8, 0.02), LlamaRMSNorm(6, 0.02))
     assert len(replace_norms(model).swapped) == 6
@@ -719,7 +711,7 @@ def test_the_probe_finds_the_arithmetic_of_any_size(cls, rule, size):
     replace_norms(norm)
     found = rule_of(norm)
     assert (found if size > 1 else found._replace(rounded=rule.rounded)) == rule
-    assert type(norm)._fusednorm_swap.ranks == (1, 2, 3, 4)
+    assert dict(type(norm)._fusednorm_swap.axes) == {1: -1, 2: -1, 3: -1, 4: -1}
 
 
 def test_probing_needs_no_data():
@@ -882,11 +874,11 @@ LEFT = {
     "fused adaptive": (AdaLayerNorm(6, 2), "already fusednorm.AdaLayerNorm"),
     "no forward": (
         SomeLayerNorm(),
-        "SomeLayerNorm: its forward has other parameters than the input",
+        "SomeLayerNorm: its forward has other parameters than an input and a gate",
     ),
     "two arguments": (
         GatedRMSNorm(),
-        "GatedRMSNorm: its forward has other parameters than the input",
+        "its arithmetic with a second argument is none that fusednorm has",
     ),
     "a buffer": (
         BufferedRMSNorm(),
@@ -895,10 +887,6 @@ LEFT = {
     "a matrix": (
         MatrixRMSNorm(),
         "MatrixRMSNorm: it holds other things than a weight [N], a bias [N] and an epsilon",
-    ),
-    "no epsilon": (
-        NoEpsilonRMSNorm(),
-        "NoEpsilonRMSNorm: it has no attribute that may be an epsilon",
     ),
     "raises": (RaisingRMSNorm(), "its forward raised NotImplementedError when it was probed"),
     **{
@@ -969,7 +957,7 @@ def sharded(norm: nn.Module) -> nn.Module:
         (lambda: sharded(LlamaRMSNorm()), "sharded: swap it before fully_shard"),
         (lambda: sharded(nn.LayerNorm(6)), "sharded: swap it before fully_shard"),
         (LazyRMSNorm, "its weight is not materialised yet: run the model once first"),
-        (BuiltinRMSNorm, "its forward has other parameters than the input"),
+        (BuiltinRMSNorm, "its forward has other parameters than an input and a gate"),
         (UnusualSubclassesRMSNorm, "missing 1 required keyword-only argument: 'needed'"),
     ],
     ids=["sharded", "sharded LayerNorm", "lazy", "builtin", "subclass"],
@@ -1096,7 +1084,7 @@ class RmsNorm(LlamaRMSNorm):
 
 class ZeroNormGated(nn.Module):
     def forward(self, x, gate):
-        return x
+        return x * torch.rsqrt(x.square().sum() + gate)
 
 
 class AdaptiveNormBlock(nn.Module):
@@ -1106,16 +1094,71 @@ class AdaptiveNormBlock(nn.Module):
         self.other = OwnForward(6)
 
     def forward(self, x, scale):
-        return self.norm(x) * (1 + scale)
+        return self.norm(x).relu() * (1 + scale)
 
 
 def test_every_module_that_normalises_is_in_the_report():
     model = nn.Sequential(RmsNorm(), ZeroNormGated(), AdaptiveNormBlock())
     report = replace_norms(model)
     assert report.swapped == ("0", "2.norm")
-    assert dict(report.left).keys() == {"1", "2", "2.other"}
-    reason = dict(report.left)["2"]
-    assert reason.endswith("; of the norms within it 1 of 2 are swapped")
+    assert dict(report.left).keys() == {"1", "2.other"}
+    assert report.others == (("2", "a block around norms, of which 1 of 2 are swapped"),)
+    assert str(report).splitlines()[0] == "2 swapped, 2 left, 1 no norm of a row"
+
+
+class ScaleNorm(nn.Module):
+    """Called a norm."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(6))
+
+    def forward(self, x):
+        return self.weight * x
+
+
+class ConvNorm(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(6, 6, 1), nn.BatchNorm2d(6)
+
+    def forward(self, x):
+        return self.norm(self.conv(x))
+
+
+class FrozenBatchNorm(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("running_mean", torch.zeros(6))
+        self.register_buffer("running_var", torch.ones(6))
+
+    def forward(self, x):
+        return (x - self.running_mean) * torch.rsqrt(self.running_var)
+
+
+class ResponseNorm(nn.Module):
+    """ConvNeXt V2's, over the map of a channel."""
+
+    def __init__(self, size=96):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+
+    def forward(self, x):
+        return x + self.weight * x * x.square().sum((1, 2), keepdim=True).sqrt()
+
+
+OTHERS = {
+    ScaleNorm: "it computes no statistics",
+    ConvNorm: "a block around BatchNorm2d",
+    FrozenBatchNorm: "it normalises by running statistics",
+    ResponseNorm: "it normalises across rows",
+}
+
+
+@pytest.mark.parametrize(("cls", "what"), OTHERS.items())
+def test_what_is_called_a_norm_and_is_none_of_a_row(cls, what):
+    assert replace_norms(cls()) == Report((), ())
+    assert replace_norms(cls()).others == (("", what),)
 
 
 def test_the_report_says_what_is_served():
