@@ -154,7 +154,7 @@ class SwappedNorm(Swapped):
         if self._fusednorm_short and not _runs_in_kernels(x):
             return None
         device = x.device.type
-        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        if _has_autocast(device) and torch.is_autocast_enabled(device):
             return self._fusednorm_autocast.get((device, mix))
         return self._fusednorm_rules.get(mix)
 
@@ -167,6 +167,15 @@ class SwappedNorm(Swapped):
             "_fusednorm_rules": dict(swap.rules),
             "_fusednorm_autocast": dict(swap.autocast),
         }
+
+
+def _has_autocast(device: str) -> bool:
+    """Return whether a kind of device has an autocast that could be on."""
+    return torch.amp.is_autocast_available(device)
+
+
+# A constant to torch.compile, which in torch 2.10 cannot trace the question.
+_has_autocast._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _runs_in_kernels(x: Tensor) -> bool:
