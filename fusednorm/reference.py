@@ -54,20 +54,33 @@ def _factor(term: Tensor, like: Tensor) -> Tensor:
     return term.unsqueeze(1).to(like.dtype)
 
 
-def _normalize(
-    h: Tensor, spec: Spec | GatedSpec, rstd: Tensor | None = None
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Return x_hat, mean (None for RMS) and rstd of [.., N] rows, the last two as [.., 1]."""
-    mean = None
-    if not spec.rms:
-        shift = h.mean(-1, keepdim=True)
-        h = h - shift
-        # What rounding left in the mean: with |mean| >> std it would otherwise offset every x_hat.
-        correction = h.mean(-1, keepdim=True)
-        h, mean = h - correction, shift + correction
-    if rstd is None:
-        rstd = (h.square().mean(-1, keepdim=True) + spec.eps).sqrt().reciprocal()
-    return h * rstd, mean, rstd
+class Rows:
+    """Where the rows are: whole, as [.., N]. Those of `distributed` are not."""
+
+    def normalize(
+        self, h: Tensor, spec: Spec | GatedSpec, mean: Tensor | None, rstd: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Return x_hat, mean (None for RMS) and rstd, the last two as [.., 1].
+
+        A mean that is known is not used: it is rounded.
+        """
+        mean = None
+        if not spec.rms:
+            shift = h.mean(-1, keepdim=True)
+            h = h - shift
+            # What rounding left in the mean: with |mean| >> std it would offset every x_hat.
+            correction = h.mean(-1, keepdim=True)
+            h, mean = h - correction, shift + correction
+        if rstd is None:
+            rstd = (h.square().mean(-1, keepdim=True) + spec.eps).sqrt().reciprocal()
+        return h * rstd, mean, rstd
+
+    def means(self, *values: Tensor) -> tuple[Tensor, ...]:
+        """Return the means of [.., N] values over their rows, as [.., 1]."""
+        return tuple(value.mean(-1, keepdim=True) for value in values)
+
+
+WHOLE = Rows()
 
 
 def _affine(
@@ -113,7 +126,9 @@ def stream(
     return h.to(spec.h_dtype).reshape(x.shape)
 
 
-def layer_norm(operands: Operands, spec: Spec) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+def layer_norm(
+    operands: Operands, spec: Spec, over: Rows = WHOLE
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     """Return z, h, mean [M] (None for RMS) and rstd [M].
 
     Forward-mode derivatives nest here; those of ``torch.native_layer_norm`` do not.
@@ -121,14 +136,21 @@ def layer_norm(operands: Operands, spec: Spec) -> tuple[Tensor, Tensor, Tensor |
     x, residual, gate, weight, bias, scale, shift, seed = operands
     h = stream(x, residual, gate, _keep(seed, x, spec), spec)
     rows = h.reshape(rows_and_columns(h, spec.normalized_shape))
-    x_hat, mean, rstd = _normalize(rows.to(compute_dtype(x.dtype, h.dtype)), spec)
+    rows = rows.to(compute_dtype(x.dtype, h.dtype))
+    x_hat, mean, rstd = over.normalize(rows, spec, None, None)
     y = _affine(x_hat, weight, bias, spec.x_hat_dtype).reshape(x.shape)
     z = modulate(y, scale, shift, spec)
     return z, h, None if mean is None else mean.reshape(-1), rstd.reshape(-1)
 
 
 def layer_norm_bwd(
-    dz: Tensor | None, dh: Tensor | None, saved: Saved, spec: Spec, dtypes: Dtypes, wanted: Mask
+    dz: Tensor | None,
+    dh: Tensor | None,
+    saved: Saved,
+    spec: Spec,
+    dtypes: Dtypes,
+    wanted: Mask,
+    over: Rows = WHOLE,
 ) -> Gradients:
     """Return the wanted gradients as differentiable functions of dz, dh, x, h and the parameters.
 
@@ -136,20 +158,21 @@ def layer_norm_bwd(
     constants depends on h where the next derivative is concerned.
     """
     want = ByInput(*wanted)
-    x, h, _, rstd, gate, weight, bias, scale, shift, seed = saved
+    x, h, mean, rstd, gate, weight, bias, scale, shift, seed = saved
     terms = (gate, scale, shift)
     rows = _by_sample(h, spec, *terms).to(compute_dtype(h.dtype, dtypes[0]))
     total = torch.zeros_like(rows)
     dweight = dbias = dscale = dshift = None
     if dz is not None:
-        known = None if rstd is None else rstd.reshape(*rows.shape[:-1], 1)
-        x_hat, _, rstd = _normalize(rows, spec, known)
+        known = (None if one is None else one.reshape(*rows.shape[:-1], 1) for one in (mean, rstd))
+        x_hat, _, rstd = over.normalize(rows, spec, *known)
         dz = _by_sample(dz, spec, *terms).to(rows.dtype)
         dy = dz if scale is None else dz * (1 + _factor(scale, dz))
         g = dy if weight is None else dy * weight.flatten().to(dy.dtype)
-        projection = x_hat * (g * x_hat).mean(-1, keepdim=True)
-        if not spec.rms:
-            projection = projection + g.mean(-1, keepdim=True)
+        onto_x_hat, *onto_one = over.means(g * x_hat, *(() if spec.rms else (g,)))
+        projection = x_hat * onto_x_hat
+        for mean_of_g in onto_one:
+            projection = projection + mean_of_g
         total = rstd * (g - projection)
         if want.weight and weight is not None:
             dweight = (dy * _affine(x_hat, None, None, spec.x_hat_dtype)).sum((0, 1))
@@ -185,29 +208,35 @@ def _sum_to(x: Tensor, term: Tensor) -> Tensor:
 
 
 def _keep(seed: Tensor | None, x: Tensor, spec: Spec) -> Tensor | None:
-    """Return what dropout multiplies x by, [M, N]: 0 or 1 / (1 - p); None without a seed.
+    """Return what dropout multiplies x by, [M, N], or None without a seed."""
+    if seed is None:
+        return None
+    rows, cols = rows_and_columns(x, spec.normalized_shape)
+    compute = compute_dtype(x.dtype, spec.h_dtype)
+    numbers = torch.arange(rows, device=x.device)
+    return dropout_factors(seed, numbers, cols, spec.dropout_p, compute)
+
+
+def dropout_factors(
+    seed: Tensor, rows: Tensor, cols: int, dropout_p: float, dtype: torch.dtype
+) -> Tensor:
+    """Return what dropout multiplies the rows of these numbers by: 0 or 1 / (1 - p).
 
     The mask is that of the kernels: element (row, column) is kept if word column % 4 of
     Philox 4x32-10 (Salmon et al., *Parallel random numbers: as easy as 1, 2, 3*, 2011) with counter
     (column / 4, row) and key `seed` is at least p * 2^32.
     """
-    if seed is None:
-        return None
-    rows, cols = rows_and_columns(x, spec.normalized_shape)
-    compute = compute_dtype(x.dtype, spec.h_dtype)
-    quad = torch.arange(-(-cols // 4), device=x.device)[None, :]
+    quad = torch.arange(-(-cols // 4), device=rows.device)[None, :]
 
-    def kept(first: int, last: int) -> Tensor:
-        row = torch.arange(first, last, device=x.device)[:, None]
+    def kept(row: Tensor) -> Tensor:
         words = torch.stack(_philox(quad, row & _WORD, row >> 32, torch.zeros_like(row), seed), -1)
         words = words.reshape(words.shape[0], 4 * words.shape[1])[:, :cols]
-        return (words >= drop_below(spec.dropout_p)).to(compute) / (1 - spec.dropout_p)
+        return (words >= drop_below(dropout_p)).to(dtype) / (1 - dropout_p)
 
-    if torch.compiler.is_compiling() or rows * cols <= _IN_CACHE:
-        return kept(0, rows)
+    if torch.compiler.is_compiling() or rows.numel() * cols <= _IN_CACHE:
+        return kept(rows[:, None])
     # The words of a few rows at a time stay in cache through the rounds.
-    step = max(1, _IN_CACHE // cols)
-    return torch.cat([kept(i, min(i + step, rows)) for i in range(0, rows, step)])
+    return torch.cat([kept(part) for part in rows[:, None].split(max(1, _IN_CACHE // cols))])
 
 
 _IN_CACHE = 1 << 17  # elements: their words are 256 KB at each step of the rounds
@@ -284,7 +313,8 @@ def launch_fwd(*arguments: Any) -> Outputs:
         mean = rstd = None
         if save_stats:
             rows = h.reshape(rows_and_columns(h, spec.normalized_shape))
-            _, mean, rstd = _normalize(rows.to(compute_dtype(x.dtype, h.dtype)), spec)
+            rows = rows.to(compute_dtype(x.dtype, h.dtype))
+            _, mean, rstd = WHOLE.normalize(rows, spec, None, None)
     stored = h.contiguous() if spec.h_dtype is not None and store_h else None
     mean, rstd = (None if one is None else one.reshape(-1) for one in (mean, rstd))
     return z.contiguous(), stored, mean, rstd
@@ -350,7 +380,8 @@ def gated_norm(operands: GatedOperands, spec: GatedSpec) -> tuple[Tensor, Tensor
     dtype = compute_dtype(x.dtype, gate_input.dtype)
     silu = F.silu(_in_groups(gate_input, spec, dtype))
     h = _in_groups(x, spec, dtype)
-    x_hat, mean, rstd = _normalize(h if spec.norm_before_gate else h * silu, spec)
+    h_or_product = h if spec.norm_before_gate else h * silu
+    x_hat, mean, rstd = WHOLE.normalize(h_or_product, spec, None, None)
     z = _affine(x_hat.flatten(1), weight, bias, spec.x_hat_dtype)
     if spec.norm_before_gate:
         z = z * silu.flatten(1)
@@ -369,7 +400,8 @@ def gated_norm_bwd(
     silu = gate * sigmoid
     dsilu = sigmoid + silu * (1 - sigmoid)
     known = None if rstd is None else rstd.reshape(*h.shape[:-1], 1)
-    x_hat, _, rstd = _normalize(h if spec.norm_before_gate else h * silu, spec, known)
+    h_or_product = h if spec.norm_before_gate else h * silu
+    x_hat, _, rstd = WHOLE.normalize(h_or_product, spec, None, known)
     dgate = dy
     if spec.norm_before_gate:
         y = _affine(x_hat.flatten(1), weight, bias, spec.x_hat_dtype)
