@@ -78,6 +78,9 @@ def _gradients(
     wanted: Mask,
     launchers: Launchers | None,
 ) -> Gradients:
+    if launchers is not None and launchers.differentiable:
+        shape, _, _, dropout_p, _, _, x_hat_dtype = spec
+        return launchers.backward(dz, dh, *saved, shape, dropout_p, *dtypes, x_hat_dtype, wanted)
     if transforms_active() or batched(dz) or batched(dh):
         return reference.layer_norm_bwd(dz, dh, saved, spec, dtypes, wanted)
     shape, eps, rms, dropout_p, _, _, x_hat_dtype = spec

@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fusednorm import reference
 from fusednorm._version import __version__
+from fusednorm.observers import distributed
 from fusednorm.spec import Gradients, Outputs
 from fusednorm.validation import fail
 
@@ -57,11 +58,13 @@ class Launchers(NamedTuple):
     """What runs one backend.
 
     The signatures are those of Triton's forward and backward; for norms over dimension 1 those of
-    `triton_kernels.channels`.
+    `triton_kernels.channels`. A backward that is differentiable is the source of all higher
+    derivatives, too.
     """
 
     forward: Callable[..., Outputs]
     backward: Callable[..., Gradients]
+    differentiable: bool = False
 
 
 class GatedLaunchers(NamedTuple):
@@ -340,8 +343,15 @@ def kernels(device: torch.device) -> str | None:
 
 
 def _is_wrapper(tensor: Tensor) -> bool:
-    """Return whether `tensor` is a subclass around other tensors, like DTensor."""
-    return type(tensor) is not Tensor and is_traceable_wrapper_subclass(tensor)
+    """Return whether `tensor` is a subclass around other tensors, and no DTensor.
+
+    The parts of a DTensor are what runs: `distributed`.
+    """
+    return (
+        type(tensor) is not Tensor
+        and is_traceable_wrapper_subclass(tensor)
+        and not distributed(tensor)
+    )
 
 
 _PLAIN_ON_CPU = Choice("torch", "a plain layer norm of cpu tensors is one operator of torch")

@@ -187,6 +187,10 @@ _apply: Any = super(torch.autograd.Function, GatedNormFunction).apply
 
 def run(op: str, operands: GatedOperands, spec: GatedSpec) -> Tensor:
     """Run a gated norm whose arguments have been checked; return z."""
+    if observers.distributed(*operands):
+        from fusednorm import distributed  # which imports much of torch.distributed
+
+        return distributed.run_gated(op, operands, spec, run)
     choice = backends.choose(operands.x, plain=False)
     way = route.way_of(op, choice, *operands)
     if way in ("transform", "torch"):

@@ -8,6 +8,7 @@ What announces itself otherwise follows below.
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -78,3 +79,11 @@ def all_plain(*tensors: Tensor | None) -> bool:
         ):
             return False
     return True
+
+
+def distributed(*tensors: Tensor | None) -> bool:
+    """Return whether some tensor is a DTensor; what defines the class is not imported to ask."""
+    module = sys.modules.get("torch.distributed.tensor")
+    if module is None:
+        return False
+    return any(isinstance(tensor, module.DTensor) for tensor in tensors)

@@ -1,6 +1,7 @@
 """Where a checked call runs: the one function that decides.
 
 =======================  =========================================================================
+a DTensor is among them  its shards by this table: `distributed`
 a transform is active    the equation in plain torch, which `torch.func` and forward mode know
 torch, or a tracer       torch's own norm, with the other terms in plain torch around it
 somebody sees operators  the registered operators, which run the launchers of the device
@@ -34,7 +35,13 @@ def run(call: Call) -> tuple[Tensor, Tensor]:
     x = operands.x
     if x.is_nested:
         return _run_nested(call)
-    choice = backends.choose(x, plain=_is_one_norm(call) and _is_plain(x, spec.rms))
+    one_norm = _is_one_norm(call)
+    choice = backends.choose(x, plain=one_norm and _is_plain(x, spec.rms))
+    if observers.distributed(*operands):
+        from fusednorm import distributed  # which imports much of torch.distributed
+
+        torchs = choice if one_norm and choice.backend == "torch" else None
+        return distributed.run(call, torchs, run)
     if spec.dropout_p > 0.0:
         # On the device and from its generator: no synchronisation, and a graph draws anew. Every
         # backend draws the same mask from it.

@@ -10,7 +10,7 @@ from typing import NoReturn, TypeGuard
 import torch
 from torch import Tensor
 
-from fusednorm.observers import shape_of
+from fusednorm.observers import distributed, shape_of
 
 DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 
@@ -140,7 +140,10 @@ def check_dropout(op: str, dropout_p: float) -> float:
 def check_terms(
     op: str, input: Tensor, shape: tuple[int, ...], **terms: Tensor | None
 ) -> list[Tensor | None]:
-    """Return each term as [1 or S, N or 1]: S samples of consecutive rows of `input`."""
+    """Return each term as [1 or S, N or 1]: S samples of consecutive rows of `input`.
+
+    Those of a DTensor keep their shape, which says what is sharded how.
+    """
     if input.is_nested:
         for name, term in terms.items():
             if term is not None:
@@ -150,7 +153,7 @@ def check_terms(
         for name, term in terms.items()
         if term is not None
     }
-    if not sizes:
+    if not sizes or distributed(input, *terms.values()):
         return [*terms.values()]
     samples = max([1, *(rows for rows, _ in sizes.values())])
     flat: list[Tensor | None] = []

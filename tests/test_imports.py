@@ -28,6 +28,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "fusednorm.torch_operators",
     ),
     ("fusednorm.route", "fusednorm.gated", "fusednorm.channels"),
+    ("fusednorm.distributed",),
     ("fusednorm.autograd",),
     ("fusednorm.ops", "fusednorm.backends"),
     ("fusednorm.triton_kernels", "fusednorm.cuda", "fusednorm.csrc", "fusednorm.reference"),

@@ -1,0 +1,397 @@
+"""DTensors: the equation on every device's own part, and statistics of rows that are split.
+
+A call runs on the local tensors as it would on any others. For each dimension of the mesh:
+
+=========================  =================================  ==================================
+x or residual              x, residual, z and h               every other operand
+=========================  =================================  ==================================
+is sharded by rows         sharded by rows                    sharded if it differs between rows
+is sharded by columns      sharded by columns                 sharded if it has these columns
+else                       replicated                         replicated
+=========================  =================================  ==================================
+
+What is sharded by rows needs nobody else. A row that is split over devices has the statistics of
+the whole row: each device sends two numbers a row, and in a backward two again. The gradient of an
+operand that is replicated beside sharded rows is a partial sum, which whoever reads it adds up.
+
+These are no rules of `register_sharding`: such a rule says where the tensors go, and can neither
+number the rows that dropout draws for nor communicate in the middle of an operator; and what torch
+remembers of it is found again by the tensors alone, whatever the `normalized_shape`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
+
+from fusednorm import backends, observers, reference
+from fusednorm.autograd import LayerNormFunction
+from fusednorm.backends import Choice, Launchers
+from fusednorm.spec import (
+    Call,
+    GatedOperands,
+    GatedSpec,
+    Gradients,
+    Operands,
+    Outputs,
+    Saved,
+    Spec,
+    compute_dtype,
+)
+from fusednorm.validation import check_terms, fail
+
+Run = Callable[[Call], tuple[Tensor, Tensor]]
+Placements = tuple[Placement, ...]
+
+
+def run(call: Call, torchs: Choice | None, run_local: Run) -> tuple[Tensor, Tensor]:
+    """Run a call with DTensors, each part of it by `run_local`; return z and h as DTensors.
+
+    What is one operator of torch on the parts, as `torchs` says, is one with the whole, by torch's
+    own rules.
+    """
+    _check(call.op, call.operands)
+    op, operands, spec, want_h = call
+    plan = _plan_of(operands, spec)
+    if torchs is not None and plan.split is None:
+        backends.note(op, *torchs)
+        return reference.around_torch(operands, spec)
+    if plan.mesh.get_coordinate() is None:
+        return _elsewhere(call, plan)
+    parts = map(_part, operands, plan.places)
+    local = Operands(*parts)
+    shape = tuple(local.x.shape[plan.leading :])
+    if spec.dropout_p > 0.0:
+        local = local._replace(gate=_with_dropout(call, plan, local))
+    gate, scale, shift = check_terms(
+        op, local.x, shape, gate=local.gate, scale=local.scale, shift=local.shift
+    )
+    local = local._replace(gate=gate, scale=scale, shift=shift)
+    part = Call(op, local, spec._replace(normalized_shape=shape, dropout_p=0.0), want_h)
+    z, h = run_local(part) if plan.split is None else _run_split(part, plan)
+    return _whole(z, plan.of_x), operands.x if h is local.x else _whole(h, plan.of_x)
+
+
+def run_gated(
+    op: str,
+    operands: GatedOperands,
+    spec: GatedSpec,
+    run_local: Callable[[str, GatedOperands, GatedSpec], Tensor],
+) -> Tensor:
+    """Run a gated norm with DTensors, each part of it by `run_local`; rows are not split."""
+    _check(op, operands)
+    plan = _plan_of(operands, spec)
+    if plan.mesh.get_coordinate() is None:
+        return _whole(_part(operands.x, plan.of_x).to(spec.out_dtype), plan.of_x)
+    local = GatedOperands(*map(_part, operands, plan.places))
+    return _whole(run_local(op, local, spec), plan.of_x)
+
+
+def _check(op: str, operands: Operands | GatedOperands) -> None:
+    """Check that every operand is a DTensor of one mesh: all devices meet the same error."""
+    first: Any = next(tensor for tensor in operands if isinstance(tensor, DTensor))
+    mesh = first.device_mesh
+    for name, tensor in zip(operands._fields, operands, strict=True):
+        if tensor is None or (isinstance(tensor, DTensor) and tensor.device_mesh is mesh):
+            continue
+        name = "input" if name == "x" else name
+        if not isinstance(tensor, DTensor):
+            expected = f"{name} to be a DTensor, as another argument is, with {first.placements}"
+            fail(op, expected, "a plain Tensor", TypeError)
+        if tensor.device_mesh != mesh:
+            got = f"{tensor.device_mesh} with {tensor.placements}"
+            fail(op, f"{name} on one mesh with the other arguments, {mesh}", got)
+
+
+def _elsewhere(call: Call, plan: _Plan) -> tuple[Tensor, Tensor]:
+    """Return what a device outside of the mesh has of z and h: nothing."""
+    nothing = _part(call.operands.x, plan.of_x)
+    h_dtype = call.spec.h_dtype
+    h = call.operands.x if h_dtype is None else _whole(nothing.to(h_dtype), plan.of_x)
+    return _whole(nothing.to(call.spec.out_dtype), plan.of_x), h
+
+
+# Where the parts are
+
+
+class _Place(NamedTuple):
+    """Where a DTensor is. Partial is one that is replicated and whose gradient is partial."""
+
+    mesh: DeviceMesh
+    placements: Placements
+    shape: torch.Size
+    stride: tuple[int, ...]
+
+
+class _Plan(NamedTuple):
+    """Where the parts of a call are.
+
+    Attributes:
+        mesh: The devices.
+        of_x: The place of x, residual, z and h.
+        places: That of each operand.
+        leading: The number of dimensions that count rows.
+        split: The dimension of the mesh over which rows are split, or None.
+    """
+
+    mesh: DeviceMesh
+    of_x: _Place
+    places: tuple[_Place | None, ...]
+    leading: int
+    split: int | None
+
+
+def _dim(placement: Placement) -> int | None:
+    """Return the dimension that a placement shards, or None."""
+    return getattr(placement, "dim", None)
+
+
+def _plan_of(operands: Any, spec: Spec | GatedSpec) -> _Plan:
+    given = tuple(None if one is None else (one.shape, one.placements) for one in operands)
+    # Symbolic sizes are no keys.
+    plan: Any = _plan.__wrapped__ if observers.operators_watched() else _plan
+    mesh, fields = operands.x.device_mesh, operands._fields
+    return plan(mesh, fields, given, len(spec.normalized_shape))  # type: ignore[no-any-return]
+
+
+@lru_cache(maxsize=1024)
+def _plan(
+    mesh: DeviceMesh, fields: tuple[str, ...], given: tuple[Any, ...], normalized: int
+) -> _Plan:
+    shape, _ = given[0]
+    may_split = fields == Operands._fields
+    leading = len(shape) - normalized
+    split, placements = None, []
+    for i in range(mesh.ndim):
+        # Of x, and residual or gate_input; rows before columns, which cost a collective.
+        both = [one[1][i] for one in given[:2] if one is not None]
+        sharded = [placement for placement in both if _dim(placement) is not None]
+        chosen: Any = min(sharded, key=_dim, default=Replicate())  # type: ignore[arg-type]
+        if sharded and chosen.dim >= leading:
+            if may_split and split is None and type(chosen) is Shard:
+                split = i
+            else:
+                chosen = Replicate()
+        placements.append(chosen)
+
+    def beside(placement: Placement, sizes: torch.Size, first: int) -> Placement:
+        """Return where a tensor goes whose dimensions are those of x from `first` on."""
+        dim = _dim(placement)
+        if dim is None:
+            return placement
+        if dim < first or sizes[dim - first] != shape[dim]:
+            return Partial()
+        return placement if first == 0 else Shard(dim - first)
+
+    places: list[_Place | None] = []
+    for name, one in zip(fields, given, strict=True):
+        place = None
+        if one is not None:
+            sizes = one[0]
+            first = leading if name in ("weight", "bias") else len(shape) - len(sizes)
+            own = tuple(beside(placement, sizes, first) for placement in placements)
+            place = _Place(mesh, own, sizes, torch.empty(sizes, device="meta").stride())
+        places.append(place)
+    of_x: Any = places[0]
+    return _Plan(mesh, of_x, tuple(places), leading, split)
+
+
+def _part(tensor: Any, place: _Place | None) -> Any:
+    """Return the part of a DTensor that is here."""
+    return None if place is None else _Part.apply(tensor, place)  # type: ignore[no-untyped-call]
+
+
+def _whole(local: Tensor, place: _Place) -> Tensor:
+    """Return the DTensor whose part here this is."""
+    return _Whole.apply(local, place)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _Part(torch.autograd.Function):
+    """The part of a DTensor that is here, once it is where it should be.
+
+    Its gradient stays where the parts of it are: who reads it moves it, if need be. That of torch's
+    `to_local` after `redistribute` is moved back first.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, tensor: DTensor, place: _Place) -> Tensor:
+        """Move the tensor and return the local one."""
+        ctx.place = place
+        ctx.set_materialize_grads(False)
+        placements = tuple(Replicate() if p.is_partial() else p for p in place.placements)
+        if tensor.placements != placements:
+            tensor = tensor.redistribute(placements=placements)
+        local = tensor.to_local()
+        local = local.wait() if isinstance(local, AsyncCollectiveTensor) else local
+        return local.view_as(local)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor | None) -> Any:
+        """Return the gradient as the DTensor that its parts make."""
+        return None if gradient is None else _whole(gradient, ctx.place), None
+
+
+class _Whole(torch.autograd.Function):
+    """The DTensor that parts make; `_Part` is its pullback, and it is that of `_Part`."""
+
+    @staticmethod
+    def forward(ctx: Any, local: Tensor, place: _Place) -> DTensor:
+        """Return the DTensor."""
+        ctx.place = place
+        ctx.set_materialize_grads(False)
+        mesh, placements, shape, stride = place
+        return DTensor.from_local(
+            local, mesh, placements, run_check=False, shape=shape, stride=stride
+        )
+
+    @staticmethod
+    def backward(ctx: Any, gradient: DTensor | None) -> Any:
+        """Return the part of the gradient that is here."""
+        return None if gradient is None else _part(gradient, ctx.place), None
+
+
+# Dropout
+
+_agreed: set[DeviceMesh] = set()
+
+
+def _with_dropout(call: Call, plan: _Plan, local: Operands) -> Tensor:
+    """Return the gate times what dropout multiplies x by: one mask, however x is sharded."""
+    spec, leading, device = call.spec, plan.leading, local.x.device
+    seed = torch.randint(2**62, (1,), device=device)
+    if not torch.compiler.is_compiling() and plan.mesh not in _agreed:
+        _check_seed(call, plan, seed)
+    cols = torch.Size(spec.normalized_shape).numel()
+    compute = compute_dtype(local.x.dtype, spec.h_dtype)
+    rows = _numbers(plan, 0, leading, device)
+    factors = reference.dropout_factors(seed, rows, cols, spec.dropout_p, compute)
+    if plan.split is not None:
+        factors = factors[:, _numbers(plan, leading, len(plan.of_x.shape), device)]
+    factors = factors.reshape(local.x.shape)
+    return factors if local.gate is None else factors * local.gate
+
+
+def _numbers(plan: _Plan, first: int, last: int, device: torch.device) -> Tensor:
+    """Return the numbers that the parts here of the dimensions [first, last) have in the whole."""
+    sizes = plan.of_x.shape[first:last]
+    placements: list[Placement] = []
+    for dim in map(_dim, plan.of_x.placements):
+        inside = dim is not None and first <= dim < last
+        placements.append(Shard(dim - first) if inside else Replicate())  # type: ignore[operator]
+    numbers = torch.arange(sizes.numel(), device=device).reshape(sizes)
+    everywhere = [Replicate()] * len(placements)
+    whole = DTensor.from_local(numbers, plan.mesh, everywhere, run_check=False)
+    return whole.redistribute(placements=placements).to_local().reshape(-1)
+
+
+def _check_seed(call: Call, plan: _Plan, seed: Tensor) -> None:
+    """Check, once for each mesh, that all its devices draw the same numbers."""
+    places = [Shard(0)] * plan.mesh.ndim
+    drawn: Any = DTensor.from_local(seed, plan.mesh, places, run_check=False)
+    if (drawn.full_tensor() != seed[0]).any():
+        expected = "dropout_p with one generator on all ranks (torch.manual_seed)"
+        fail(call.op, expected, f"several, for input with {plan.of_x.placements}")
+    _agreed.add(plan.mesh)
+
+
+# Rows that are split
+
+
+class _SplitRows(reference.Rows):
+    """Rows [.., n] of which every device has some columns, and their sums over all devices."""
+
+    def __init__(self, plan: _Plan) -> None:
+        split, shape = plan.split, plan.of_x.shape
+        assert split is not None
+        dim: Any = _dim(plan.of_x.placements[split])
+        self.group = plan.mesh.get_group(split).group_name
+        self.cols = shape[plan.leading :].numel()
+        last, devices = shape[dim], plan.mesh.size(split)
+        size = -(-last // devices)
+        held = [max(0, min(size, last - i * size)) for i in range(devices)]
+        self.counts = [self.cols // max(last, 1) * count for count in held]
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Return the sums over all devices."""
+        total = torch.ops._c10d_functional.all_reduce(values.contiguous(), "sum", self.group)
+        return torch.ops._c10d_functional.wait_tensor(total)  # type: ignore[no-any-return]
+
+    def gather(self, values: Tensor) -> Tensor:
+        """Return the [devices, ..] values of all devices."""
+        devices = len(self.counts)
+        flat = torch.ops._c10d_functional.all_gather_into_tensor(
+            values.contiguous(), devices, self.group
+        )
+        flat = torch.ops._c10d_functional.wait_tensor(flat)
+        return flat.reshape(devices, *values.shape)  # type: ignore[no-any-return]
+
+    def means(self, *values: Tensor) -> tuple[Tensor, ...]:
+        sums = torch.stack([value.sum(-1, keepdim=True) for value in values])
+        return tuple(self.sum(sums) / self.cols)
+
+    def normalize(
+        self, h: Tensor, spec: Spec | GatedSpec, mean: Tensor | None, rstd: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        if spec.rms:
+            if rstd is None:
+                (square,) = self.means(h.square())
+                rstd = (square + spec.eps).sqrt().reciprocal()
+            return h * rstd, None, rstd
+        if mean is None or rstd is None:
+            mean, variance = self._moments(h)
+            rstd = (variance + spec.eps).sqrt().reciprocal().to(h.dtype)
+        nearest = mean.to(h.dtype)
+        return (h - nearest - (mean - nearest).to(h.dtype)) * rstd, mean, rstd
+
+    def _moments(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean and variance by Chan's formula, from two numbers a row of each device.
+
+        They are gathered: a sum of squares about no common centre would lose the digits that a
+        large mean takes. They are float64, as the difference of two means needs.
+        """
+        count = max(h.shape[-1], 1)
+        shift = h.sum(-1, keepdim=True) / count
+        centred = h - shift
+        correction = centred.sum(-1, keepdim=True) / count
+        squares = (centred - correction).square().sum(-1, keepdim=True)
+        pair = torch.stack([shift.double() + correction.double(), squares.double()])
+        means, squares = self.gather(pair).unbind(1)
+        counts = torch.tensor(self.counts, dtype=means.dtype, device=h.device)
+        counts = counts.reshape(-1, *(1,) * h.dim())
+        mean = (counts * means).sum(0) / self.cols
+        squares = squares + counts * (means - mean).square()
+        return mean, squares.sum(0) / self.cols
+
+
+def _run_split(call: Call, plan: _Plan) -> tuple[Tensor, Tensor]:
+    """Run the equation in plain torch on rows that are split."""
+    backends.note(call.op, "torch", "rows are split over devices")
+    rows = _SplitRows(plan)
+
+    def forward(*arguments: Any) -> Outputs:
+        count = len(Operands._fields)
+        operands, (*options, _, _) = Operands(*arguments[:count]), arguments[count:]
+        return reference.layer_norm(operands, Spec(*options), rows)
+
+    def backward(dz: Tensor | None, dh: Tensor | None, *arguments: Any) -> Gradients:
+        count = len(Saved._fields)
+        saved, (_, _, *numbers, _, wanted) = Saved(*arguments[:count]), arguments[count:]
+        if torch.is_grad_enabled():  # the statistics are functions of h, too
+            saved = saved._replace(mean=None, rstd=None)
+        return reference.layer_norm_bwd(
+            dz, dh, saved, call.spec, (numbers[0], numbers[1]), wanted, rows
+        )
+
+    launchers = Launchers(forward, backward, differentiable=True)
+    result: Any = LayerNormFunction.apply(  # type: ignore[no-untyped-call]
+        call.spec, launchers, *call.operands
+    )
+    z, h = result if isinstance(result, tuple) else (result, call.operands.x)
+    return z, h
