@@ -3,11 +3,13 @@
 Both runs start from the same weights and see the same batches of the manual that ships with every
 CPython, so whatever differs between the two loss curves comes from the norms alone. By default the
 second model is the same code while `fusednorm.enable()` holds. With --swap its norms are replaced
-instead; with --fused each also does the residual addition before it.
+instead; with --fused each also does the residual addition before it. With --processes both runs
+have fusednorm: the first in one process, the second shared by several.
 
     python examples/train_gpt.py
     python examples/train_gpt.py --dtype bf16
     python examples/train_gpt.py --fused
+    python examples/train_gpt.py --fused --processes 2 --parallel tp  # or fsdp, ddp
     python examples/train_gpt.py --dtype bf16 --layers 12 --heads 12 --width 768 --lr 6e-4  # GPU
 """
 
@@ -245,7 +247,10 @@ def set_learning_rate(run: Run, rate: float) -> None:
 
 def train(runs: Sequence[Run], draw: Callable[[], Any], args: argparse.Namespace) -> None:
     """Train all runs in lock step, on the same batches."""
-    bar = tqdm(range(args.steps), desc="training", unit="step", dynamic_ncols=True)
+    first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun started
+    bar = tqdm(
+        range(args.steps), desc="training", unit="step", dynamic_ncols=True, disable=not first
+    )
     for step in bar:
         batch = draw()
         # Back to back and in alternating order: a machine that slows down for a while, or a batch
@@ -574,12 +579,24 @@ def parse_args(argv: Sequence[str] | None, longest_context: int) -> argparse.Nam
     add("--context", type=at_least(int, 1), default=64, help="characters per sample")
     add("--plot", type=Path, default=Path("train_gpt.png"), help="where the curves go (PNG)")
     add("--sample-chars", type=at_least(int, 1), default=400, help="length of the sample")
+    add("--processes", type=at_least(int, 1), default=1, help="processes that share the second run")
+    add("--parallel", choices=("fsdp", "tp", "ddp"), default="fsdp", help="what they share")
     args = parser.parse_args(argv)
     check_heads(parser, args)
+    check_processes(parser, args)
     if args.context > longest_context:
         parser.error(f"argument --context: expected at most {longest_context}, got {args.context}")
     check_writable(parser, args.plot)
     return args
+
+
+def check_processes(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    count, shared = args.processes, ("heads" if args.parallel == "tp" else "batch_size")
+    if getattr(args, shared) % count:
+        option = "--" + shared.replace("_", "-")
+        parser.error(f"argument {option}: {getattr(args, shared)} is not divisible by {count}")
+    if count > 1 and args.device.type != "cpu":
+        parser.error(f"argument --processes: several run on the cpu, not on {args.device}")
 
 
 def start_fused(model: GPT, args: argparse.Namespace) -> tuple[Run, str]:
@@ -601,10 +618,50 @@ def start_fused(model: GPT, args: argparse.Namespace) -> tuple[Run, str]:
     return Run.start("fusednorm", model, mean_loss, args), report
 
 
+def main_parallel(argv: Sequence[str], corpus: Corpus, args: argparse.Namespace) -> int:
+    """Train once in one process and once in several, on the same batches."""
+    import parallel_gpt  # much of torch.distributed, for those who ask for it
+
+    if "RANK" not in os.environ:
+        return parallel_gpt.launch(__file__, argv, args.processes)
+    with parallel_gpt.joined(args.processes) as mesh:
+        torch.manual_seed(args.seed)
+        model = GPT(len(corpus.vocab), args.context, args.layers, args.heads, args.width)
+        alone, change = start_fused(copy.deepcopy(model), args)
+        shared, _ = start_fused(model, args)
+        loss = parallel_gpt.own_part(mean_loss, args.parallel)
+        model = parallel_gpt.parallelize(model, args.parallel, mesh)
+        surroundings = shared.surroundings
+        shared = Run.start(f"{args.processes} x {args.parallel}", model, loss, args)
+        shared.surroundings = surroundings
+        alone.name = "one process"
+        runs = (alone, shared)
+        print(change, flush=True)
+        train(runs, batches(corpus, args), args)
+        shared.losses = parallel_gpt.averaged(shared.losses)
+        print_curves(*runs)
+        largest, step = largest_difference(*runs)
+        print(f"\nlargest difference of the curves: {largest:.2e} (step {step + 1})")
+        return 0 if losses_fell(runs, args) else 1
+
+
+def batches(corpus: Corpus, args: argparse.Namespace) -> Callable[[], Tensor]:
+    """Return what draws the next batch."""
+    generator = torch.Generator().manual_seed(args.seed)
+
+    def draw() -> Tensor:
+        batch = random_batch(corpus.train, args.batch_size, args.context, generator)
+        return batch.to(args.device)
+
+    return draw
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     began = time.perf_counter()
     corpus = Corpus.load()
     args = parse_args(argv, longest_context=len(corpus.valid) - 1)
+    if args.processes > 1:
+        return main_parallel(sys.argv[1:] if argv is None else argv, corpus, args)
 
     if args.device.type == "cuda":
         torch.cuda.set_device(args.device)  # events are recorded on the current device
@@ -614,11 +671,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     baseline = Run.start("nn.LayerNorm", model, mean_loss, args)
     fused, change = start_fused(copy.deepcopy(model), args)
     runs = (baseline, fused)
-    generator = torch.Generator().manual_seed(args.seed)
-
-    def draw() -> Tensor:
-        batch = random_batch(corpus.train, args.batch_size, args.context, generator)
-        return batch.to(args.device)
+    draw = batches(corpus, args)
 
     print(
         f"text: {len(corpus.train):,} characters to train on, {len(corpus.valid):,} held out, "

@@ -108,10 +108,24 @@ def test_train_gpt_curves_agree(tmp_path: Path, options: str, tolerance: float) 
         assert all(float(number.replace(",", "")) > 0 for number in numbers.groups())
 
 
+@pytest.mark.parametrize("way", ["fsdp", "tp", "ddp"])
+def test_train_gpt_in_two_processes(tmp_path: Path, way: str) -> None:
+    if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
+        pytest.skip("torch was built without gloo")
+    options = f"{TINY} --device cpu --fused --processes 2 --parallel {way}"
+    done = run_example(tmp_path, "train_gpt.py", options)
+    assert done.returncode == 0, done.stderr
+    curves = printed_curves(done.stdout)
+    assert [step for step, *_ in curves] == [1, 2, 3, 4, 5, 6]
+    assert 0.0 <= printed_difference(done.stdout) < 1e-4
+
+
 @pytest.mark.parametrize(
     ("options", "named"),
     [
         ("--width 30 --heads 4", "--width"),
+        ("--processes 3", "--batch-size"),
+        ("--processes 3 --parallel tp", "--heads"),
         ("--steps 0", "--steps"),
         ("--steps many", "--steps"),
         ("--batch-size -1", "--batch-size"),
