@@ -312,6 +312,7 @@ class _SplitRows(reference.Rows):
         assert split is not None
         dim: Any = _dim(plan.of_x.placements[split])
         self.group = plan.mesh.get_group(split).group_name
+        self.rank = plan.mesh.get_local_rank(split)
         self.cols = shape[plan.leading :].numel()
         last, devices = shape[dim], plan.mesh.size(split)
         size = -(-last // devices)
@@ -320,11 +321,15 @@ class _SplitRows(reference.Rows):
 
     def sum(self, values: Tensor) -> Tensor:
         """Return the sums over all devices."""
+        if torch.is_grad_enabled():
+            return _Sum.apply(values, self)  # type: ignore[no-any-return, no-untyped-call]
         total = torch.ops._c10d_functional.all_reduce(values.contiguous(), "sum", self.group)
         return torch.ops._c10d_functional.wait_tensor(total)  # type: ignore[no-any-return]
 
     def gather(self, values: Tensor) -> Tensor:
         """Return the [devices, ..] values of all devices."""
+        if torch.is_grad_enabled():
+            return _Gather.apply(values, self)  # type: ignore[no-any-return, no-untyped-call]
         devices = len(self.counts)
         flat = torch.ops._c10d_functional.all_gather_into_tensor(
             values.contiguous(), devices, self.group
@@ -368,6 +373,36 @@ class _SplitRows(reference.Rows):
         mean = (counts * means).sum(0) / self.cols
         squares = squares + counts * (means - mean).square()
         return mean, squares.sum(0) / self.cols
+
+
+class _Sum(torch.autograd.Function):
+    """`_SplitRows.sum` where it is differentiated again; before torch 2.13 a collective is not."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, rows: _SplitRows) -> Tensor:
+        """Return the sums."""
+        ctx.rows = rows
+        return rows.sum(values)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        """Return the sums of what all devices have of the gradient."""
+        return ctx.rows.sum(gradient), None
+
+
+class _Gather(torch.autograd.Function):
+    """`_SplitRows.gather` where it is differentiated again."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, rows: _SplitRows) -> Tensor:
+        """Return the values of all devices."""
+        ctx.rows = rows
+        return rows.gather(values)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        """Return what all devices have of the gradient for this one."""
+        return ctx.rows.sum(gradient)[ctx.rows.rank], None
 
 
 def _run_split(call: Call, plan: _Plan) -> tuple[Tensor, Tensor]:
