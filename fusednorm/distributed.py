@@ -175,7 +175,7 @@ def _plan(
         sharded = [placement for placement in both if _dim(placement) is not None]
         chosen: Any = min(sharded, key=_dim, default=Replicate())  # type: ignore[arg-type]
         if sharded and chosen.dim >= leading:
-            if may_split and split is None and type(chosen) is Shard:
+            if may_split and split is None and isinstance(chosen, Shard):
                 split = i
             else:
                 chosen = Replicate()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import warnings
@@ -257,8 +258,11 @@ def rule(
         _compare(key, grad.full_tensor(), whole.gradients[key], tolerance, exact and row)
     for seen, unseen in zip(ours.outputs, function(*sharded.values()), strict=True):
         assert torch.equal(seen.to_local(), unseen.to_local()), "with nobody looking"
-    torchs = [Ran(TORCHS[name], sharded)] if name in TORCHS else []
-    return [(ran.forward, ran.backward) for ran in (ours, *torchs)]
+    ran = [ours]
+    if name in TORCHS:
+        with contextlib.suppress(RuntimeError):  # torch 2.10 has no rule for a sharded weight
+            ran.append(Ran(TORCHS[name], sharded))
+    return [(one.forward, one.backward) for one in ran]
 
 
 def _compare(name: str, ours: Tensor, whole: Tensor, tolerance: Any, exact: bool) -> None:
@@ -347,7 +351,11 @@ def split_plain(mesh_name: str, rms: bool, mean: float) -> list[tuple[Any, Any]]
         error = (got.full_tensor() - want).abs().max() / want.abs().max()
         assert error < 16 * torch.finfo(torch.float32).eps, error
     if not rms:  # torch's own fails
-        ran.append(Ran(lambda x, *rest: F.layer_norm(x, shape, *rest), sharded))
+        replicated = {
+            key: value if key == "x" else spread(operands[key], mesh, placed("R"))
+            for key, value in sharded.items()
+        }
+        ran.append(Ran(lambda x, *rest: F.layer_norm(x, shape, *rest), replicated))
     return [(one.forward, one.backward) for one in ran]
 
 
@@ -797,7 +805,7 @@ def compiled(name: str, places: dict[str, str], dropout_p: float) -> tuple[Any, 
         loss = sum((output.sin() * output).sum() for output in outputs)
         results.append([*outputs, *torch.autograd.grad(loss, leaves)])
     for ours, want in zip(*results, strict=True):
-        assert ours.placements == want.placements
+        assert ours.placements == want.placements, (ours.placements, want.placements)
         torch.testing.assert_close(full(ours), full(want))
     assert len(graphs) == 2, graphs
     return graphs[0], graphs[1], True

@@ -15,7 +15,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-SECONDS = 120
+SECONDS = 240
 """What a case may take; a collective that somebody does not join ends before."""
 
 
