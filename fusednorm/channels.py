@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusednorm import backends, reference, route
+from fusednorm import backends, observers, reference, route
 from fusednorm.autograd import batched, recorded
 from fusednorm.backends import Launchers
 from fusednorm.observers import all_plain, operators_watched, transforms_active
-from fusednorm.spec import ByInput, Operands, Saved, Spec, compute_dtype
+from fusednorm.spec import ByInput, Call, Operands, Saved, Spec, compute_dtype
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 """Those of x, weight and bias."""
@@ -222,6 +222,8 @@ def run(op: str, operands: Operands, spec: Spec) -> Tensor:
     Torch's form of it is a norm and two copies, and nothing that a backend should leave alone.
     """
     x, *_ = tensors = operands.x, operands.weight, operands.bias
+    if observers.distributed(*tensors):  # by rows, in a permuted copy
+        return moved_back(route.run(Call(op, _as_rows(operands), spec, want_h=False))[0])
     choice = backends.choose(x, plain=False)
     if backends.channel_launchers(choice.backend, x.shape[1]) is None:
         choice = choice._replace(reason=f"{choice.reason}; positions are rows, in a permuted copy")
