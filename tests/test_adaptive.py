@@ -220,6 +220,8 @@ def test_what_is_no_modulation_computes_the_norm(calls):
         torch.testing.assert_close(module(*given, kind=kind), original(*given, kind=kind))
     x = torch.randn(3, 8)
     torch.testing.assert_close(module(x, given[1][:1]), original(x, given[1][:1]))
+    x = torch.randn(1, 3, 8)  # which the condition makes two of
+    torch.testing.assert_close(module(x, given[1]), original(x, given[1]))
 
 
 def test_a_hook_on_the_norm_sees_its_result(calls):
