@@ -91,13 +91,14 @@ def replace_norms(
     """Swap the norms of `model` for fused ones, in place.
 
     `nn.LayerNorm` becomes `fusednorm.LayerNorm` and `nn.RMSNorm` becomes `fusednorm.RMSNorm`. Any
-    other norm over the last dimension (`LlamaRMSNorm`, `GemmaRMSNorm`, `T5LayerNorm`, a subclass of
-    `nn.LayerNorm`) becomes a subclass of its class with a fused forward, if its forward takes the
-    input alone and it holds at most a weight [N], a bias [N] and an epsilon. Its arithmetic is not
-    guessed from its name: its forward is run on the CPU on all that it may branch on, and compared.
-    For what the comparison does not cover, or covers with another result, its own forward stays in
-    charge: other dtypes, inputs of more than four dimensions, an attribute that has changed since,
-    an autocast that changes what it computes.
+    other norm over the last dimension or over dimension 1 (`LlamaRMSNorm`, a subclass of
+    `nn.LayerNorm`, `LayerNorm2d`) becomes a subclass of its class with a fused forward, if its
+    forward takes an input, or an input and a gate, and it holds at most a weight, a bias and an
+    epsilon. Its arithmetic is not guessed from its name: its forward is run on the CPU on all that
+    it may branch on, and compared. For what the comparison does not cover, or covers with another
+    result, its own forward stays in charge: other dtypes and ranks, an attribute that has changed
+    since, an autocast that changes what it computes. An AdaLN module runs norm, scale and shift in
+    one call, by its own forward.
 
     Only a module's class changes: it stays the same object, with its parameters, buffers, hooks
     and attributes; tied modules stay tied, and an optimizer made before keeps working. What
@@ -105,11 +106,11 @@ def replace_norms(
     twice is harmless.
 
     The report names every module whose class says that it is a norm, batch, group and instance
-    norms of torch excepted. Those are left, with the reason, whose arithmetic fusednorm does not
-    have, or that have parametrizations or a `forward` of somebody else's. A hook that keeps the
-    forward that it stands for in an attribute, as accelerate's do, is no obstacle. Call it before
-    tools that change a module's class themselves, like `fully_shard` or
-    `register_parametrization`.
+    norms of torch excepted; `others` are those that are none of a row. Those are left, with the
+    reason, whose arithmetic fusednorm does not have, or that have parametrizations or a `forward`
+    of somebody else's. A hook that keeps the forward that it stands for in an attribute, as
+    accelerate's do, is no obstacle. Call it before tools that change a module's class themselves,
+    like `fully_shard` or `register_parametrization`.
 
     Args:
         model: the model, or a norm itself.

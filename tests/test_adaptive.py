@@ -92,6 +92,7 @@ class EmbeddingAdaNorm(AdaNorm):
     def forward(self, x, timestep=None, class_labels=None, emb=None):
         if emb is None:
             emb = self.emb(timestep) + self.emb(class_labels)
+            emb = nn.functional.dropout(emb, 0.5, self.training)
         shift, scale = self.linear(emb)[:, None].chunk(2, dim=-1)
         return self.norm(x) * (1 + scale) + shift
 
@@ -145,6 +146,7 @@ def inputs(module: nn.Module, dtype=torch.float32) -> list[torch.Tensor]:
     made = [torch.randn(shape).to(dtype).requires_grad_() for shape in given]
     if isinstance(module, EmbeddingAdaNorm):
         made[1:] = torch.tensor([1, 2]), torch.tensor([3, 4])
+        module.eval()
     return made
 
 
@@ -218,6 +220,8 @@ def test_what_is_no_modulation_computes_the_norm(calls):
         torch.testing.assert_close(module(*given, kind=kind), original(*given, kind=kind))
     x = torch.randn(3, 8)
     torch.testing.assert_close(module(x, given[1][:1]), original(x, given[1][:1]))
+    x = torch.randn(1, 3, 8)  # which the condition makes two of
+    torch.testing.assert_close(module(x, given[1]), original(x, given[1]))
 
 
 def test_a_hook_on_the_norm_sees_its_result(calls):

@@ -511,6 +511,14 @@ class SamLayerNorm(nn.Module):
         return self.weight[:, None, None] * x + self.bias[:, None, None]
 
 
+class OffsetSamLayerNorm(SamLayerNorm):
+    """Its weight is counted from 1."""
+
+    def forward(self, x):
+        y = F.layer_norm(x.movedim(1, -1), (x.shape[1],), None, None, self.eps).movedim(-1, 1)
+        return y * (1 + self.weight[:, None, None]) + self.bias[:, None, None]
+
+
 class TransposingLayerNorm(nn.LayerNorm):
     """SqueezeBERT's."""
 
@@ -543,6 +551,7 @@ class PerChannelRMSNorm(nn.Module):
 CHANNELS_FIRST = {
     PermutingLayerNorm2d: (4,),
     SamLayerNorm: (4,),
+    OffsetSamLayerNorm: (4,),
     TransposingLayerNorm: (3,),
     NormalizingRMSNorm: (4,),
     PerChannelRMSNorm: (3, 4, 5),
