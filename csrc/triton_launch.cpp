@@ -10,7 +10,7 @@
 #include <type_traits>
 #include <unordered_map>
 
-#include "calls.h"
+#include "python_calls.h"
 
 namespace fusednorm {
 namespace {
@@ -164,14 +164,14 @@ PyObject* repeat(const Call& call, const Key& key, const void* (&pointers)[COUNT
     const WithoutGil released;
     for (const Start& s : plan->starts) start(s, pointers, stream);
   }
-  return call.outputs();
+  return outputs(call);
 }
 
 // triton_forward(device, stream, ..)
 PyObject* forward(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   return call([&]() -> PyObject* {
-    const ForwardCall call(named<ForwardArguments>(arguments + 2, count - 2));
-    if (call.is_empty()) return call.outputs();
+    const ForwardCall<Layout> call(read_forward(arguments + 2, count - 2));
+    if (call.is_empty()) return outputs(call);
     const Forward& p = call.p;
     Key key;
     key.put(uint64_t(integer(arguments[0])) << 1);
@@ -192,8 +192,8 @@ PyObject* forward(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
 // triton_backward(device, stream, ..)
 PyObject* backward(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   return call([&]() -> PyObject* {
-    BackwardCall<Backward> call(named<BackwardArguments>(arguments + 2, count - 2));
-    if (call.is_empty()) return call.outputs();
+    BackwardCall<Backward, Layout> call(read_backward(arguments + 2, count - 2));
+    if (call.is_empty()) return outputs(call);
     const Backward& p = call.p;
     const Term dgate = call.dgate(), dweight = call.dweight(), dbias = call.dbias(),
                dscale = call.dscale(), dshift = call.dshift();
