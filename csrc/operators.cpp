@@ -4,12 +4,9 @@
 
 #include <atomic>
 #include <cfloat>
-#include <stdexcept>
-#include <string>
 
-#include "boxed.h"
 #include "cpu_launch.h"
-#include "objects.h"
+#include "fallback.h"
 
 namespace fusednorm {
 namespace {
@@ -31,108 +28,13 @@ std::atomic<int64_t> served[operator_count];
 // read under Python's lock.
 PyObject* others[operator_count];
 
-// ------------------------------------------------------------------------------------------------
-// Handing a call on
-
-class WithGil {
- public:
-  WithGil() : state_(PyGILState_Ensure()) {}
-  ~WithGil() { PyGILState_Release(state_); }
-
- private:
-  PyGILState_STATE state_;
-};
-
-// How torch's Python and the stable ABI exchange tensors.
-struct Exchange {
-  Ref module{PyImport_ImportModule("torch._C._aoti")};
-  Ref wrap = member(module, "alloc_tensors_by_stealing_from_void_ptrs");
-  Ref unwrap = member(module, "unsafe_alloc_void_ptr_from_tensor");
-};
-
-const Exchange& exchange() {
-  static const Exchange& exchange = *new Exchange;  // as names()
-  return exchange;
-}
-
-template <class Item>
-Ref list(int64_t count, Item&& item) {
-  Ref list(PyList_New(count));
-  for (int64_t i = 0; i < count; ++i) PyList_SetItem(list.get(), i, item(i).release());
-  return list;
-}
-
-Ref wrap(Tensor tensor) {
-  Ref capsule(PyCapsule_New(tensor.get(), nullptr, nullptr));
-  const Ref one = list(1, [&](int64_t) { return std::move(capsule); });
-  const Ref wrapped(PyObject_CallFunctionObjArgs(exchange().wrap.get(), one.get(), nullptr));
-  tensor.release();
-  return Ref(PySequence_GetItem(wrapped.get(), 0));
-}
-
-Tensor unwrap(PyObject* tensor) {
-  if (tensor == Py_None) return nullptr;
-  const Ref capsule(PyObject_CallFunctionObjArgs(exchange().unwrap.get(), tensor, nullptr));
-  void* const handle = PyCapsule_GetPointer(capsule.get(), nullptr);
-  if (handle == nullptr) throw Raised{};
-  return Tensor(static_cast<AtenTensorHandle>(handle));
-}
-
-// Takes an argument from the stack to Python.
-Ref to_python(Stack& stack, int i) {
-  if (!stack.has(i)) return shared(Py_None);
-  switch (stack.kinds()[i] | 0x20) {
-    case 't': return stack.tensor(i) ? wrap(stack.take(i)) : shared(Py_None);
-    case 's':
-      return list(stack.count(i),
-                  [&](int64_t k) { return Ref(PyLong_FromLongLong(stack.item<int64_t>(i, k))); });
-    case 'm':
-      return list(stack.count(i),
-                  [&](int64_t k) { return Ref(PyBool_FromLong(stack.item<bool>(i, k))); });
-    default: return Ref(PyFloat_FromDouble(stack.get<double>(i)));
-  }
-}
-
-// The text of the exception that is set; it is cleared.
-std::string message() {
-  PyObject *type, *value, *traceback;
-  PyErr_Fetch(&type, &value, &traceback);
-  PyErr_NormalizeException(&type, &value, &traceback);
-  PyObject* const text = value ? PyObject_Str(value) : nullptr;
-  PyObject* const bytes = text ? PyUnicode_AsUTF8String(text) : nullptr;
-  const std::string result = bytes ? PyBytes_AsString(bytes) : "an error without a message";
-  for (PyObject* object : {bytes, text, type, value, traceback}) Py_XDECREF(object);
-  PyErr_Clear();
-  return result;
-}
-
-// Lets Python serve the call. Torch makes a RuntimeError of every error that comes out of an
-// extension; its text is the one that was raised.
-void hand_on(Stack& stack, Operator which) {
-  const WithGil locked;
-  try {
-    const Ref function = shared(others[which]);
-    const int count = int(strlen(stack.kinds()));
-    const Ref arguments(PyTuple_New(count));
-    for (int i = 0; i < count; ++i)
-      PyTuple_SetItem(arguments.get(), i, to_python(stack, i).release());
-    const Ref results(PyObject_CallObject(function.get(), arguments.get()));
-    std::vector<Tensor> tensors;
-    for (Py_ssize_t i = 0; i < PyTuple_Size(results.get()); ++i)
-      tensors.push_back(unwrap(PyTuple_GetItem(results.get(), i)));
-    stack.finish(tensors);
-  } catch (const Raised&) {
-    throw std::runtime_error(message());
-  }
-}
-
 // Serves a call by `kernel`, which returns false before it has done anything where it cannot.
 void serve(StableIValue* values, const char* kinds, Operator which, bool (*kernel)(Stack&)) {
   Stack stack(values, kinds);
   if (kernel(stack))
     served[which].fetch_add(1, std::memory_order_relaxed);
   else
-    hand_on(stack, which);
+    boxed::hand_on(stack, others[which]);
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -196,15 +98,6 @@ const void* exact_statistic(AtenTensorHandle given, DType compute, Layout& layou
 // ------------------------------------------------------------------------------------------------
 // Torch's operators
 
-// Whether an argument is a list of x's last sizes.
-bool ends_with(const Stack& stack, int list, Span sizes) {
-  const int64_t count = stack.count(list);
-  if (count == 0 || count > sizes.count) return false;
-  for (int64_t i = 0; i < count; ++i)
-    if (stack.item<int64_t>(list, i) != sizes[sizes.count - count + i]) return false;
-  return true;
-}
-
 // What an operator is given: an input, the argument that is the normalized_shape, parameters.
 struct Norm {
   AtenTensorHandle x;
@@ -219,7 +112,7 @@ struct Norm {
     const Span sizes = boxed::sizes(x);
     dtype = boxed::dtype_of(x);
     if (dtype == DType::none || sizes.count > boxed::max_dims || sizes.product() == 0 ||
-        !ends_with(stack, shape, sizes))
+        !stack.is_end_of(shape, sizes))
       return false;
     dims = stack.count(shape);
     if (weight && bias && boxed::dtype_of(weight) != boxed::dtype_of(bias)) return false;
@@ -273,7 +166,7 @@ bool forward(Stack& stack, const Norm& norm, double eps, bool rms) {
   describe(p, norm, layout, rms);
   p.eps = eps;
   p.x = layout.rows(norm.x);
-  p.z = layout.fresh(z);
+  p.z = layout.fresh(z, norm.dtype);
   p.mean = mean.exact;
   p.rstd = rstd.exact;
   cpu::run(p);
@@ -307,7 +200,7 @@ bool backward(Norm& norm, AtenTensorHandle dz, AtenTensorHandle mean, AtenTensor
     if (wanted[i]) results[i] = boxed::empty(boxed::sizes(like[i]), boxed::dtype_of(like[i]));
   p.dz = layout.rows(dz);
   p.h = layout.rows(norm.x);
-  p.dx = layout.fresh(results[0]);
+  p.dx = layout.fresh(results[0], norm.dtype);
   cpu::Terms terms;
   terms.dweight = layout.vector(results[1].get());
   terms.dbias = layout.vector(results[2].get());
@@ -398,7 +291,7 @@ PyObject* register_operators(PyObject*, PyObject* const* functions, Py_ssize_t c
       Py_INCREF(functions[i]);
       Py_XDECREF(std::exchange(others[i], functions[i]));
     }
-    exchange();
+    boxed::exchange();
     if (!kept) {
       // Torch has no kernel of this on the CPU, and the graphs of norms outlive disable().
       auto library = new_library();

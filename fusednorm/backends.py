@@ -18,7 +18,7 @@ import os
 import sysconfig
 from collections.abc import Callable, Iterator
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -364,23 +364,36 @@ def use(backend: str) -> Iterator[None]:
         ...     explain(torch.empty(1)).backend
         'torch'
     """
-    global _requested, _requested_by
     _check_name("backends.use", backend)
     if (missing := _TABLE[backend].missing()) is not None:
         fail("backends.use", "an installed backend", f"{backend!r}: {missing}")
     previous = _requested, _requested_by
-    _requested, _requested_by = backend, "backends.use"
+    _ask(backend, "backends.use")
     try:
         yield
     finally:
-        _requested, _requested_by = previous
+        _ask(*previous)
+
+
+def _ask(backend: str | None, source: str) -> None:
+    global _requested, _requested_by
+    _requested, _requested_by = backend, source
+    if (extension := own_operators()) is not None:
+        extension.ask_for_another(backend in ("triton", "cuda"))
+
+
+def own_operators() -> Any:
+    """Return the extension if it has our operators for CPU tensors, else None."""
+    if extension_missing() is not None:
+        return None
+    extension = importlib.import_module("fusednorm._C")
+    return extension if hasattr(extension, "register_own_operators") else None
 
 
 def _read_environment() -> None:
-    global _requested, _requested_by
     if name := os.environ.get(_VARIABLE):
         _check_name(_VARIABLE, name)
-        _requested, _requested_by = name, _VARIABLE
+        _ask(name, _VARIABLE)
 
 
 _read_environment()
