@@ -118,6 +118,8 @@ inline Dims contiguous_strides(Span sizes) {
 
 struct Device {
   int32_t type = aoti_torch_device_type_cpu(), index = 0;
+
+  bool operator==(const Device& other) const { return type == other.type && index == other.index; }
 };
 
 inline Device device_of(AtenTensorHandle tensor) {
@@ -195,7 +197,8 @@ class Stack {
   DType dtype(int i) const {
     if (!has(i)) return DType::none;
     const DType found = boxed::dtype(get<int32_t>(i));
-    if (found == DType::none) throw std::runtime_error("fusednorm: a dtype that the kernels do not have");
+    if (found == DType::none)
+      throw std::runtime_error("fusednorm: a dtype that the kernels do not have");
     return found;
   }
 

@@ -1,7 +1,8 @@
-// A forward and a backward, whoever calls: the problem that the kernels solve, and what is returned.
+// A forward and a backward, whoever calls: the problem that the kernels solve, and what is
+// returned.
 //
-// Tensors are Python's (tensors.h) or the dispatcher's (boxed.h): their Layout says which, and knows
-// how to describe and allocate them. One that is absent is null.
+// Tensors are Python's (tensors.h) or the dispatcher's (boxed.h): their Layout says which, and
+// knows how to describe and allocate them. One that is absent is null.
 #pragma once
 
 #include <algorithm>
@@ -43,7 +44,8 @@ void describe(Problem& p, Layout& layout, const Arguments& a) {
   p.rows_per_sample = p.rows / samples;
   p.x_hat_dtype = a.x_hat_dtype;
   p.dropout.seed = static_cast<const int64_t*>(Layout::address(a.seed));
-  p.dropout.drop_below = uint32_t(std::min(std::nearbyint(a.dropout_p * 4294967296.0), 4294967295.0));
+  p.dropout.drop_below =
+      uint32_t(std::min(std::nearbyint(a.dropout_p * 4294967296.0), 4294967295.0));
   p.dropout.inverse_keep = 1.0 / (1.0 - a.dropout_p);
   p.gate = layout.term(a.gate);
   p.weight = layout.vector(a.weight);

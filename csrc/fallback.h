@@ -31,6 +31,17 @@ inline std::string message() {
   return result;
 }
 
+// Returns what f does under Python's lock, or throws what it raises.
+template <class F>
+auto locked(const F& f) {
+  const WithGil locked;
+  try {
+    return f();
+  } catch (const Raised&) {
+    throw std::runtime_error(message());
+  }
+}
+
 // How torch's Python and the stable ABI exchange tensors.
 struct Exchange {
   Ref module{PyImport_ImportModule("torch._C._aoti")};
@@ -86,8 +97,7 @@ inline Ref to_python(Stack& stack, int i) {
 // Lets Python serve the call. Torch makes a RuntimeError of every error that comes out of an
 // extension; its text is the one that was raised.
 inline void hand_on(Stack& stack, PyObject* function) {
-  const WithGil locked;
-  try {
+  locked([&] {
     const int count = int(strlen(stack.kinds()));
     const Ref arguments(PyTuple_New(count));
     for (int i = 0; i < count; ++i)
@@ -97,9 +107,7 @@ inline void hand_on(Stack& stack, PyObject* function) {
     for (Py_ssize_t i = 0; i < PyTuple_Size(results.get()); ++i)
       tensors.push_back(unwrap(PyTuple_GetItem(results.get(), i)));
     stack.finish(tensors);
-  } catch (const Raised&) {
-    throw std::runtime_error(message());
-  }
+  });
 }
 
 }  // namespace fusednorm::boxed

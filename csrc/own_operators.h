@@ -1,4 +1,4 @@
-// fusednorm::layer_norm_fwd and _bwd on the CPU, without Python between a graph and a kernel.
+// fusednorm::layer_norm_fwd and _bwd without Python between a graph and a kernel.
 #pragma once
 
 #include <Python.h>

@@ -379,7 +379,7 @@ def _ask(backend: str | None, source: str) -> None:
     global _requested, _requested_by
     _requested, _requested_by = backend, source
     if (extension := own_operators()) is not None:
-        extension.ask_for_another(backend in ("triton", "cuda"))
+        extension.ask(backend)
 
 
 def own_operators() -> Any:
