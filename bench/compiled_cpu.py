@@ -8,6 +8,7 @@ time over ours. A first run compiles, and what is compiled is kept on disk for t
 
 from __future__ import annotations
 
+import importlib
 import statistics
 import sys
 import time
@@ -145,9 +146,9 @@ def step_of(model: nn.Module, tokens: Tensor, dtype: torch.dtype) -> Callable[[]
 
     graph = compiled(loss)
 
-    def call() -> object:
+    def call() -> None:
         graph(tokens).backward()
-        return model.zero_grad()
+        model.zero_grad()
 
     return call
 
@@ -155,7 +156,7 @@ def step_of(model: nn.Module, tokens: Tensor, dtype: torch.dtype) -> Callable[[]
 def print_steps() -> None:
     """Print the same of a whole step of the example's model, its norms fused with sums or not."""
     sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-    import train_gpt
+    train_gpt = importlib.import_module("train_gpt")
 
     def ours(norm: nn.LayerNorm, branch: Tensor, stream: Tensor | None) -> tuple[Tensor, Tensor]:
         stream = branch if stream is None else stream + branch
@@ -182,7 +183,7 @@ def print_steps() -> None:
 
 def main() -> None:
     """Print the tables that are asked for."""
-    threads, *wanted = [*sys.argv[1:], "1"][: max(1, len(sys.argv) - 1)]
+    threads, *wanted = sys.argv[1:] or ["1"]
     torch.set_num_threads(int(threads))
     print(f"torch {torch.__version__}, {threads} threads")
     if not wanted or "norms" in wanted:

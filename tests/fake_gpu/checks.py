@@ -22,7 +22,7 @@ from triton.runtime import build
 
 import fake_gpu
 from fake_gpu.uses import Call, Use, backward, forward, uses
-from fusednorm import backends, ops
+from fusednorm import backends, ops, torch_operators
 from fusednorm.triton_kernels import plans
 from fusednorm.triton_kernels.backward import layer_norm_bwd
 from fusednorm.triton_kernels.forward import layer_norm_fwd
@@ -158,6 +158,42 @@ def test_an_operator_starts_the_same_without_python(use: Use, direction: str) ->
     run = operator_call(launcher, call)
     assert by_repeater("extension", launcher, call, expected, sizes, run) == expected
     assert plans._C.own_operator_calls()[launcher.__name__] == before + 1
+
+
+@pytest.mark.usefixtures("triton_alone")
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("rms", [False, True])
+def test_torchs_operators_start_the_same_without_python(
+    monkeypatch: pytest.MonkeyPatch, rms: bool, affine: bool
+) -> None:
+    """While enabled, below torch's own autograd, on the second call of a layout."""
+    leaves = [torch.ones(2, 3, 1024, dtype=torch.bfloat16, requires_grad=True)]
+    if affine:
+        leaves += [torch.ones(1024, dtype=torch.bfloat16, requires_grad=True)] * (1 if rms else 2)
+    dz = torch.ones_like(leaves[0])
+
+    def both() -> list[fake_gpu.Launch]:
+        since = fake_gpu.launched()
+        x, *parameters = leaves
+        norm = torch.nn.functional.rms_norm if rms else torch.nn.functional.layer_norm
+        y = norm(x, (1024,), *parameters, eps=1e-5)
+        wanted = list(dict.fromkeys(leaves))
+        results = (y, *torch.autograd.grad(y, wanted, dz))
+        assert [tensor.shape for tensor in results[1:]] == [tensor.shape for tensor in wanted]
+        return [one._replace(arguments=()) for one in fake_gpu.launches(since)]
+
+    registration = torch_operators._InPython("CPU")
+    try:
+        with fake_gpu.serving("extension"):
+            plans.forget()
+            first = both()
+            monkeypatch.setattr(torch_operators, "_launchers", None)
+            before = sum(torch_operators.calls().values())
+            assert both() == first
+            assert sum(torch_operators.calls().values()) == before + 2
+    finally:
+        registration.remove()
+    assert len(first) == (3 if affine else 2)
 
 
 @pytest.mark.usefixtures("triton_alone")
