@@ -25,7 +25,7 @@ lint: $(VENV)/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(SOURCES) $(wildcard tests/simt/* tests/nvcc/* tests/fake_gpu/*.c)
 	$(BIN)/mypy -p fusednorm -p bench
-	$(BIN)/mypy toolchain.py tools triton_kernels/config.py
+	$(BIN)/mypy toolchain.py tools triton_kernels/config.py triton_kernels/launch.py triton_kernels/plans.py
 	$(BIN)/codespell $$(git ls-files)
 	@! $(BIN)/python -c 'import mkdocs' 2>/dev/null || $(SITE) build --strict
 

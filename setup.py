@@ -24,7 +24,7 @@ JOBS = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
 # A multiplication is fused with an addition where the source says so, and nowhere else.
 FLAGS = [
     *("-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno"),
-    *("-Wall", "-Wno-psabi", "-Wno-maybe-uninitialized"),
+    *("-Wall", "-Wno-psabi", "-Wno-maybe-uninitialized", "-Wno-unknown-warning-option"),
 ]
 # What each build of the kernels may use; the extension chooses when it is loaded.
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
@@ -72,6 +72,7 @@ class BuildKernels(build_ext):
 
 def extension(torch: Torch, nvcc: list[str]) -> Extension:
     """Return the extension, with the CUDA kernels where there is an nvcc."""
+    # A Python for both kinds of Mac compiles each source for both, and the levels are for one.
     is_x86 = sysconfig.get_platform().endswith(("x86_64", "amd64"))
     sources = [path for path in Path().glob("csrc/cpu/*.cpp") if is_x86 or path.stem not in LEVELS]
     sources += [path for path in Path().glob("csrc/*.cpp") if nvcc or path.stem != "cuda_ops"]
@@ -81,6 +82,8 @@ def extension(torch: Torch, nvcc: list[str]) -> Extension:
     macros = [
         *(("Py_LIMITED_API", "0x030a0000"), ("TORCH_TARGET_VERSION", "0x020a000000000000")),
         ("FUSEDNORM_BUILT", f'"{built}"'),
+        *([("FUSEDNORM_X86", None)] if is_x86 else []),
+        *([("FUSEDNORM_CUDA", None)] if nvcc else []),
     ]
     return Extension(
         "fusednorm._C",
@@ -89,7 +92,7 @@ def extension(torch: Torch, nvcc: list[str]) -> Extension:
         library_dirs=[str(torch.root / "lib"), *cuda],
         # CUDA's runtime is linked in: the same file loads where there is none.
         libraries=["torch", "torch_cpu", *(["cudart_static", "rt"] if nvcc else []), "dl"],
-        define_macros=[*macros, *([("FUSEDNORM_CUDA", None)] if nvcc else [])],
+        define_macros=macros,
         py_limited_api=True,
         language="c++",
     )
@@ -98,6 +101,8 @@ def extension(torch: Torch, nvcc: list[str]) -> Extension:
 if __name__ == "__main__":
     if "egg_info" in sys.argv:  # an isolated build asks what it has to install first
         setup(setup_requires=toolchain.requirements())
+    elif "sdist" in sys.argv:  # the same sources whatever is at hand, and without a local version
+        setup()
     elif chosen := toolchain.choose():
         _, BuildKernels.nvcc = chosen
         setup(

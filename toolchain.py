@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 CHOICES = ("none", "cpu", "cuda", "auto")
-# By what could be built without the thing that is missing.
+# By what could be built without the thing that is missing; nothing helps on Windows.
 REMEDIES = {
     "none": "install torch>=2.10 and a C++17 compiler, or set FUSEDNORM_BUILD=none",
     "cpu": "install a CUDA build of torch and the CUDA toolkit of the same major version, or set "
     "FUSEDNORM_BUILD=cpu",
+    "win32": "set FUSEDNORM_BUILD=none",
 }
 CXX_PROBE = "#include <optional>\nint main() { return std::optional<int>(0).value(); }\n"
 NVCC_PROBE = "#include <cuda_bf16.h>\n__global__ void kernel() {}\n"
@@ -58,7 +59,7 @@ def find_torch() -> Torch:
 def check_compiler() -> None:
     """Raise Missing where there is no compiler for the kernels of the CPU."""
     if sys.platform == "win32":
-        raise Missing("the kernels are written for GCC and Clang")
+        raise Missing("no kernels are built on Windows, they are written for GCC and Clang")
     command = (os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++").split()
     if shutil.which(command[0]) is None:
         raise Missing(f"there is no C++ compiler ({command[0]})")
@@ -104,7 +105,8 @@ def choose() -> tuple[Torch, list[str]] | None:
             kind, why = "cuda", f"{why}, and nvcc for {' '.join(nvcc[2::2])}"
     except Missing as missing:
         if choice != "auto":
-            sys.exit(f"FUSEDNORM_BUILD={choice}: {missing}; {REMEDIES[kind]}")
+            remedy = REMEDIES["win32" if sys.platform == "win32" else kind]
+            sys.exit(f"FUSEDNORM_BUILD={choice}: {missing}; {remedy}")
         why = str(missing) if kind == "none" else f"{why}; no CUDA kernels: {missing}"
     print(f"fusednorm: building {kind} (FUSEDNORM_BUILD={choice}): {why}", file=sys.stderr)
     return None if kind == "none" else (torch, nvcc)

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from . import compare, excerpt, report, results, selfcheck
-from .cases import COMMON, DTYPES, GRID, GROUPS, MODES, NORMS, Case, cases
+from .cases import COMMON, DTYPES, GRID, GROUPS, MODES, NORMS, SILU, Case, cases
 from .measure import asymptote, measure, settings_for, threads_of
 from .providers import MAKERS, Provider, find
 
@@ -33,6 +33,7 @@ MODES_OF = {
     "quick": QUICK_MODES,
     "cpu": ["layer_norm/both", "add/both"],
     "uses": [f"{norm}/both" for norm in NORMS if norm != "frozen"],
+    "gated": [f"{norm}/{phase}" for norm in SILU for phase in ("inference", "both")],
     "host": [f"{norm}/{phase}" for norm in ("layer_norm", "add") for phase in ("forward", "both")],
 }
 """What is measured of a group that names no modes; of the others everything."""

@@ -24,6 +24,8 @@ NORMS = {
     "layer_scale": "LayerScale, Add & LayerNorm",
     "adaln": "AdaLN",
     "adaln_zero": "AdaLN-Zero",
+    "gated_rms": "RMSNorm, times the SiLU of a gate",
+    "gated_rms_first": "RMSNorm of x times the SiLU of a gate",
     "frozen": "LayerNorm, frozen weights",
 }
 ADDED = ("add", "add_rms", "dropout", "layer_scale", "adaln_zero")
@@ -31,6 +33,7 @@ ADDED = ("add", "add_rms", "dropout", "layer_scale", "adaln_zero")
 
 GATED = ("layer_scale", "adaln_zero")
 MODULATED = ("adaln", "adaln_zero")
+SILU = ("gated_rms", "gated_rms_first")
 PHASES = ("inference", "forward", "backward", "both")
 _NO_NEWS = ("dropout/inference", "frozen/inference", "frozen/forward")
 MODES = tuple(
@@ -94,8 +97,9 @@ def floor_bytes(case: Case) -> int:
     vector = case.cols * DTYPES[case.parameters].itemsize
     statistics = case.rows * (4 if "rms" in case.norm else 8)
     forward, backward = (4, 4) if case.norm in ADDED else (2, 3)
+    forward, backward = (3, 5) if case.norm in SILU else (forward, backward)
     backward += (case.norm == "dropout") + 2 * (case.norm in GATED)
-    read, trained = {"rms_norm": (1, 1), "add_rms": (1, 1), "frozen": (2, 0)}.get(case.norm, (2, 2))
+    read, trained = {"frozen": (2, 0)}.get(case.norm, (1, 1) if "rms" in case.norm else (2, 2))
     if case.norm in MODULATED:
         read, trained = 2 * case.samples, 2 * case.samples
     gates = (case.samples if case.norm in MODULATED else 1) * (case.norm in GATED)
@@ -122,6 +126,7 @@ class Inputs:
     bias: Tensor | None
     scale: Tensor | None
     shift: Tensor | None
+    gate_input: Tensor | None = None
     grads: tuple[Tensor, ...] = ()  # of z, and of h where h is an output
 
     @property
@@ -168,6 +173,7 @@ def draw(case: Case, device: torch.device, generator: torch.Generator) -> Inputs
         bias=None if modulated or "rms" in case.norm else parameter(),
         scale=term(),
         shift=term(),
+        gate_input=tensor(*shape, dtype=case.dtype) if case.norm in SILU else None,
         grads=tuple(tensor(*shape, dtype=case.dtype, trains=False) for _ in range(1 + added)),
     )
 
@@ -181,6 +187,8 @@ def compose(case: Case, inputs: Inputs, keep: Tensor | None = None) -> tuple[Ten
         keep: The elements that dropout kept, to repeat one; by default it draws its own.
     """
     x = inputs.x
+    if inputs.gate_input is not None:
+        return (_gated(case, x, inputs.gate_input, inputs.weight),)
     if case.norm == "dropout":
         x = F.dropout(x, DROPOUT) if keep is None else x * keep / (1 - DROPOUT)
     if inputs.gate is not None:
@@ -193,6 +201,17 @@ def compose(case: Case, inputs: Inputs, keep: Tensor | None = None) -> tuple[Ten
     if inputs.scale is not None and inputs.shift is not None:
         z = z * (1 + inputs.scale) + inputs.shift
     return (z,) if inputs.residual is None else (z, h)
+
+
+def _gated(case: Case, x: Tensor, gate_input: Tensor, weight: Tensor | None) -> Tensor:
+    """Return a gated RMS norm as models write it, in float32."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    h, silu = x.to(dtype), F.silu(gate_input.to(dtype))
+    if case.norm == "gated_rms_first":
+        h = h * silu
+    h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + EPS)
+    h = h if weight is None else h * weight
+    return (h if case.norm == "gated_rms_first" else h * silu).to(x.dtype)
 
 
 def wide(inputs: Inputs) -> Inputs:
@@ -273,6 +292,7 @@ CPU_SHAPES = (
     *((64, 768), (512, 768), (2048, 768), (4096, 1024)),
     *((1024, 4096), (4096, 4096), (512, 8192), (65536, 64)),
 )
+GATED_SHAPES = ((4096, 1024), (512, 4096))
 USES_SHAPES = ((4, 64), (64, 768), (512, 768), (1024, 4096))
 QUICK_COLS = (256, 1024, 4096, 16384)
 QUICK_ROWS = (1, 32, 512)
@@ -284,7 +304,7 @@ def sweep(cols: tuple[int, ...], itemsize: int, size: int) -> list[tuple[int, in
 
 
 GRID = ("bandwidth", "large", "latency", "tall", "awkward", "models")
-GROUPS = (*GRID, "quick", "cpu", "uses", "host")
+GROUPS = (*GRID, "quick", "cpu", "uses", "gated", "host")
 SWEEPS = {"bandwidth": "cols", "large": "cols", "latency": "rows"}
 
 
@@ -304,6 +324,7 @@ def shapes(group: str, itemsize: int, device: str) -> list[tuple[int, int]]:
         "models": list(dict.fromkeys(MODELS)),
         "cpu": list(CPU_SHAPES),
         "uses": list(USES_SHAPES),
+        "gated": list(GATED_SHAPES),
         # Next to nothing to normalise: what is left of an eager call is the way there.
         "host": [(64, 1024) if device == "cuda" else (4, 64)],
     }[group]

@@ -22,7 +22,7 @@ from torch import Tensor
 import fusednorm
 from fusednorm import backends
 
-from .cases import DROPOUT, EPS, NORMS, Case, Inputs, compose
+from .cases import DROPOUT, EPS, NORMS, SILU, Case, Inputs, compose
 
 Outputs = tuple[Tensor, ...]
 Forward = Callable[[], Outputs]
@@ -134,6 +134,19 @@ def _add(inputs: Inputs, case: Case) -> tuple[Tensor, Tensor]:
     )
 
 
+def _gated(inputs: Inputs, case: Case) -> Tensor:
+    """RMS norm with the SiLU of a gate."""
+    assert inputs.gate_input is not None
+    return fusednorm.gated_rms_norm(
+        inputs.x,
+        inputs.gate_input,
+        case.cols,
+        inputs.weight,
+        eps=EPS,
+        norm_before_gate=case.norm == "gated_rms",
+    )
+
+
 OURS = _bound(
     layer_norm=lambda i, c: fusednorm.layer_norm(i.x, (c.cols,), i.weight, i.bias, EPS),
     rms_norm=lambda i, c: fusednorm.rms_norm(i.x, (c.cols,), i.weight, EPS),
@@ -141,8 +154,9 @@ OURS = _bound(
     add_rms=lambda i, c: fusednorm.add_rms_norm(i.x, i.residual, (c.cols,), i.weight, EPS),
     adaln=lambda i, c: fusednorm.modulated_layer_norm(i.x, (c.cols,), i.shift, i.scale, eps=EPS),
     **dict.fromkeys(("dropout", "layer_scale", "adaln_zero"), _add),
+    **dict.fromkeys(SILU, _gated),
 )
-NOT_OURS = {"cuda": ("layer_scale", "adaln", "adaln_zero")}
+NOT_OURS = {"cuda": ("layer_scale", "adaln", "adaln_zero", *SILU)}
 """What a backend refuses by name."""
 
 
@@ -155,7 +169,7 @@ def _fusednorm(backend: str, device: torch.device) -> Provider:
     scope = functools.partial(backends.use, backend)
     try:
         with scope():
-            backends.explain(torch.empty(1, device=device))
+            backends.choose(torch.empty(1, device=device))
     except ValueError as error:
         raise MissingError(str(error)) from None
     norms = {name: norm for name, norm in OURS.items() if name not in NOT_OURS.get(backend, ())}

@@ -132,4 +132,25 @@ void run(Backward& p, const Terms& terms) {
   for (const Partials& gradient : partials) gradient.fold(kernels);
 }
 
+void run(GatedForward& p) {
+  p.z = output(p.z, p.rows);
+  const Kernels& kernels = cpu::kernels();
+  parallel_for(p.rows * p.groups(), divide_up(grain, p.group_size),
+               [&](int64_t first, int64_t last) { kernels.gated_forward(p, first, last); });
+}
+
+void run(GatedBackward& p, const Term& dweight, const Term& dbias) {
+  p.dx = output(p.dx, p.rows);
+  p.dgate_input = output(p.dgate_input, p.rows);
+  const int64_t threads = torch::stable::get_num_threads();
+  p.tasks = std::min(std::clamp<int64_t>(p.rows * p.cols / grain, 1, threads), p.rows);
+  const Partials partials[] = {{dweight, p.tasks, p}, {dbias, p.tasks, p}};
+  p.dweight = partials[0].data();
+  p.dbias = partials[1].data();
+  const Kernels& kernels = cpu::kernels();
+  parallel_for(p.tasks, 1,
+               [&](int64_t first, int64_t last) { kernels.gated_backward(p, first, last); });
+  for (const Partials& gradient : partials) gradient.fold(kernels);
+}
+
 }  // namespace fusednorm::cpu

@@ -10,8 +10,10 @@ struct Terms {
   Term dgate, dweight, dbias, dscale, dshift;
 };
 
-// Neither takes Python's lock nor needs it.
+// None takes Python's lock or needs it.
 void run(Forward& p);
 void run(Backward& p, const Terms& terms);
+void run(GatedForward& p);
+void run(GatedBackward& p, const Term& dweight, const Term& dbias);
 
 }  // namespace fusednorm::cpu

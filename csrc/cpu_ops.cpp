@@ -2,6 +2,7 @@
 #include "cpu_ops.h"
 
 #include "cpu_launch.h"
+#include "gated_calls.h"
 #include "python_calls.h"
 
 namespace fusednorm {
@@ -31,6 +32,29 @@ PyObject* backward(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   });
 }
 
+PyObject* gated_forward(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  return call([&] {
+    GatedForwardCall forward(named<GatedForwardArguments>(arguments, count));
+    if (!forward.is_empty()) {
+      const WithoutGil unlocked;
+      cpu::run(forward.p);
+    }
+    return forward.outputs();
+  });
+}
+
+PyObject* gated_backward(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  return call([&] {
+    GatedBackwardCall<cpu::GatedBackward> backward(named<GatedBackwardArguments>(arguments, count));
+    if (!backward.is_empty()) {
+      const Term dweight = backward.dweight(), dbias = backward.dbias();
+      const WithoutGil unlocked;
+      cpu::run(backward.p, dweight, dbias);
+    }
+    return backward.outputs();
+  });
+}
+
 PyObject* level(PyObject*, PyObject* args) {
   const char* name = nullptr;
   if (!PyArg_ParseTuple(args, "|s", &name)) return nullptr;
@@ -46,6 +70,10 @@ PyMethodDef cpu_methods[] = {
      "Compute the equation; see fusednorm/triton_kernels/forward.py."},
     {"backward", fast(backward), METH_FASTCALL,
      "Differentiate it; see fusednorm/triton_kernels/backward.py."},
+    {"gated_forward", fast(gated_forward), METH_FASTCALL,
+     "Compute the gated norm; see fusednorm/triton_kernels/gated.py."},
+    {"gated_backward", fast(gated_backward), METH_FASTCALL,
+     "Differentiate it; see fusednorm/triton_kernels/gated.py."},
     {"level", level, METH_VARARGS,
      "level(name=None): use the kernels for an instruction set, avx512_bf16, avx512, avx2 or\n"
      "portable; return the name of those in use."},

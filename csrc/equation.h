@@ -70,4 +70,28 @@ struct Backward : Problem {
   Rows dx, dresidual;          // written where present
 };
 
+// The gated norm: z = y * silu(gate), or y of x * silu(gate) where the gate comes first. Each group
+// of `group_size` columns has statistics of its own, [M * groups] in all.
+struct Gated : Problem {
+  int64_t group_size = 0;  // a divisor of N
+  bool gate_first = false;
+  Rows x, gate_input;
+
+  int64_t groups() const { return cols / group_size; }
+};
+
+struct GatedForward : Gated {
+  double eps = 0.0;
+  Rows z;
+  void* mean = nullptr;  // of C, or null
+  void* rstd = nullptr;  // of C, or null
+};
+
+struct GatedBackward : Gated {
+  Rows dz;
+  const void* mean = nullptr;  // of C; null for RMS
+  const void* rstd = nullptr;  // of C
+  Rows dx, dgate_input;        // written where present
+};
+
 }  // namespace fusednorm

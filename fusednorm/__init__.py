@@ -5,18 +5,31 @@ from fusednorm._version import __version__
 from fusednorm.functional import (
     add_layer_norm,
     add_rms_norm,
+    gated_layer_norm,
+    gated_rms_norm,
     layer_norm,
     modulated_layer_norm,
+    modulated_rms_norm,
     rms_norm,
 )
-from fusednorm.modules import AdaLayerNorm, AddLayerNorm, AddRMSNorm, LayerNorm, RMSNorm
+from fusednorm.modules import (
+    AdaLayerNorm,
+    AdaRMSNorm,
+    AddLayerNorm,
+    AddRMSNorm,
+    GatedRMSNorm,
+    LayerNorm,
+    RMSNorm,
+)
 from fusednorm.replace import replace_norms, restore_norms
 from fusednorm.torch_operators import disable, enable, read_environment
 
 __all__ = [
     "AdaLayerNorm",
+    "AdaRMSNorm",
     "AddLayerNorm",
     "AddRMSNorm",
+    "GatedRMSNorm",
     "LayerNorm",
     "RMSNorm",
     "__version__",
@@ -25,11 +38,15 @@ __all__ = [
     "backends",
     "disable",
     "enable",
+    "gated_layer_norm",
+    "gated_rms_norm",
     "layer_norm",
     "modulated_layer_norm",
+    "modulated_rms_norm",
     "replace_norms",
     "restore_norms",
     "rms_norm",
 ]
 
+backends.extension_missing()  # refuses one that does not load
 read_environment()

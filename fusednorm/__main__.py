@@ -23,7 +23,7 @@ from torch import Tensor
 import fusednorm
 from fusednorm import backends, coverage
 
-_ROWS, _COLS = 37, 1000
+_ROWS, _COLS = 5, 1000
 _VARIABLES = ("FUSEDNORM_", "TRITON_", "CUDA_VISIBLE", "OMP_NUM", "TORCH_CUDA_ARCH")
 
 
@@ -106,18 +106,25 @@ def _name(device: torch.device) -> str:
 
 
 def _device(device: torch.device) -> dict[str, Any]:
-    """Return what would run on a device, and how far it is from float64."""
+    """Return what runs a few calls on a device, and how far each backend is from float64."""
     report: dict[str, Any] = {"device": _name(device)}
-    tensor = torch.empty(0, device=device)
+    x, scale = torch.ones(2, _COLS, device=device), torch.ones(_COLS, device=device)
     try:
-        choice = backends.explain(tensor)
-        report["runs"] = {"a plain layer norm": str(choice)}
-        report["runs"]["all else"] = str(backends.explain(tensor, plain=False))
-        if "triton" in (choice.backend, backends.select(tensor, plain=False)):
+        with backends.explain() as ran:
+            fusednorm.layer_norm(x, _COLS)
+            fusednorm.rms_norm(x, _COLS)
+            fusednorm.add_layer_norm(x, x, _COLS)
+            fusednorm.modulated_layer_norm(x, _COLS, None, scale)
+        report["runs"] = {call.op: f"{call.backend}: {call.reason}" for call in ran}
+        if any(call.backend == "triton" for call in ran):
             report["runs"]["starts kernels"] = _repeater(device)
         report["runs"]["torch's operators"] = _below_torch(device.type)
-        with backends.use(choice.backend):
-            report["self-check"] = _self_check(device)
+        report["self-check"] = [
+            {"backend": name} | check
+            for name in backends.available()
+            if backends.serves(name, device)
+            for check in _self_check(device, name)
+        ]
     except (ValueError, RuntimeError) as error:
         report["error"] = f"{type(error).__name__}: {error}"
     return report
@@ -131,11 +138,12 @@ def _text(report: dict[str, Any]) -> str:
     lines = [f"{name:9} {_one_line(value)}" for name, value in report.items() if name != "devices"]
     for device in report["devices"]:
         lines.append(device["device"])
-        lines += [f"  {call:18} {why}" for call, why in device.get("runs", {}).items()]
+        lines += [f"  {call:20} {why}" for call, why in device.get("runs", {}).items()]
         for check in device.get("self-check", ()):
             verdict = "ok" if check["error"] <= check["allowed"] else "FAILED"
             off = f"off by {check['error']:.1e} of {check['allowed']:.1e}: {verdict}"
-            lines.append(f"  {check['dtype']:18} forward and backward {off}")
+            what = f"{check['backend']} {check['dtype']}"
+            lines.append(f"  {what:20} forward and backward {off}")
         if "error" in device:
             lines.append(f"  none: {device['error']}")
     if not torch.cuda.is_available():
@@ -149,8 +157,8 @@ def _one_line(value: object) -> str:
     return ", ".join(value) if isinstance(value, list) else str(value)
 
 
-def _self_check(device: torch.device) -> list[dict[str, Any]]:
-    """Return how far y, dx, dweight and dbias are from float64, for each dtype."""
+def _self_check(device: torch.device, backend: str) -> list[dict[str, Any]]:
+    """Return how far y, dx, dweight and dbias of a backend are from float64, for each dtype."""
     generator = torch.Generator().manual_seed(0)
     exact = [
         torch.randn(*size, generator=generator, dtype=torch.float64)
@@ -159,7 +167,8 @@ def _self_check(device: torch.device) -> list[dict[str, Any]]:
     checks = []
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         given = [value.to(device, dtype) for value in exact]
-        ours = _results(fusednorm.layer_norm, given)
+        with backends.use(backend):
+            ours = _results(fusednorm.layer_norm, given)
         truth = _results(F.layer_norm, [value.cpu().double() for value in given])
         error = max(
             float((our.cpu().double() - true).abs().max() / true.abs().max())

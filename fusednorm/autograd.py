@@ -9,7 +9,7 @@ may recompute a forward in other surroundings. Every higher derivative comes fro
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -64,7 +64,7 @@ def _backward(
     return grads
 
 
-def _batched(grad: Tensor | None) -> bool:
+def batched(grad: Tensor | None) -> bool:
     """Return whether `is_grads_batched` has batched it, by the vmap that preceded torch.func."""
     return grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad)
 
@@ -78,7 +78,7 @@ def _gradients(
     wanted: Mask,
     launchers: Launchers | None,
 ) -> Gradients:
-    if transforms_active() or _batched(dz) or _batched(dh):
+    if transforms_active() or batched(dz) or batched(dh):
         return reference.layer_norm_bwd(dz, dh, saved, spec, dtypes, wanted)
     shape, eps, rms, dropout_p, _, _, x_hat_dtype = spec
     if (
@@ -114,7 +114,7 @@ class LayerNormFunction(torch.autograd.Function):
 _apply: Any = super(torch.autograd.Function, LayerNormFunction).apply
 
 
-def recorded(operands: Operands) -> bool:
+def recorded(operands: Sequence[Tensor | None]) -> bool:
     """Return whether autograd is to record a call on these tensors."""
     if torch.is_grad_enabled():
         for tensor in operands:  # any() takes three times as long
@@ -141,7 +141,6 @@ def run(
 
 _OPERANDS = len(Operands._fields)
 _TENSORS = 2 + len(Saved._fields)  # of a backward: dz, dh and what was saved
-_SEED = 2 + Saved._fields.index("seed")
 
 
 def _fwd_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -174,35 +173,54 @@ def _bwd_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 
 def _bwd_backward(ctx: Any, *cotangents: Tensor | None) -> Any:
-    """Differentiate the backward: the pullback of the reference formulas."""
-    tensors: list[Any] = list(ctx.saved_tensors)
-    received = ByInput(
-        *(
-            cotangent if want else None
-            for cotangent, want in zip(cotangents, ctx.wanted, strict=True)
-        )
-    )
-    wanted = ByInput(*(cotangent is not None for cotangent in received))
-    results: list[Tensor | None] = [None] * ctx.arguments
-    if not any(wanted):
-        return tuple(results)
-    active = [i for i, tensor in enumerate(tensors) if tensor is not None and i != _SEED]
+    def gradients(wanted: Mask, dz: Any, dh: Any, *saved: Any) -> Gradients:
+        return reference.layer_norm_bwd(dz, dh, Saved(*saved), ctx.spec, ctx.dtypes, wanted)
 
-    def gradients(*primals: Tensor) -> tuple[Tensor, ...]:
-        given = list(tensors)
+    products = differentiated(gradients, ctx.saved_tensors, ctx.wanted, cotangents)
+    return *products, *(None,) * (ctx.arguments - len(products))
+
+
+def differentiated(
+    gradients: Callable[..., Gradients],
+    tensors: Sequence[Tensor | None],
+    wanted: Mask,
+    cotangents: Sequence[Tensor | None],
+) -> list[Tensor | None]:
+    """Differentiate a backward: the pullback of the formulas of the reference.
+
+    Args:
+        gradients: Takes a mask of what is wanted, and `tensors`.
+        tensors: What the backward was given.
+        wanted: Which gradients it returned.
+        cotangents: Those of its results.
+
+    Returns:
+        The gradients of `tensors`.
+    """
+    received = [
+        cotangent if want else None for cotangent, want in zip(cotangents, wanted, strict=True)
+    ]
+    results: list[Tensor | None] = [None] * len(tensors)
+    given = tuple(cotangent for cotangent in received if cotangent is not None)
+    if not given:
+        return results
+    mask = tuple(cotangent is not None for cotangent in received)
+    active = [  # a seed is no number to differentiate by
+        i for i, tensor in enumerate(tensors) if tensor is not None and tensor.is_floating_point()
+    ]
+
+    def function(*primals: Tensor) -> tuple[Tensor, ...]:
+        arguments = list(tensors)
         for i, primal in zip(active, primals, strict=True):
-            given[i] = primal
-        dz, dh, *saved = given
-        grads = reference.layer_norm_bwd(dz, dh, Saved(*saved), ctx.spec, ctx.dtypes, wanted)
-        return tuple(grad for grad in grads if grad is not None)
+            arguments[i] = primal
+        return tuple(grad for grad in gradients(mask, *arguments) if grad is not None)
 
     _, pullback = torch.func.vjp(  # type: ignore[misc]  # has_aux=False
-        gradients, *(tensors[i] for i in active)
+        function, *(tensors[i] for i in active)
     )
-    products = pullback(tuple(cotangent for cotangent in received if cotangent is not None))
-    for i, product in zip(active, products, strict=True):
+    for i, product in zip(active, pullback(given), strict=True):
         results[i] = product
-    return tuple(results)
+    return results
 
 
 def _recorder(operator: Any, setup_context: Any, formula: Any) -> Callable[..., Any]:

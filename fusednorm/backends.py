@@ -2,22 +2,23 @@
 
 Example:
     >>> import torch, fusednorm
-    >>> with fusednorm.backends.use("torch"):
+    >>> with fusednorm.backends.use("torch"), fusednorm.backends.explain() as ran:
     ...     y = fusednorm.layer_norm(torch.randn(2, 8), 8)
-    ...     str(fusednorm.backends.explain(y))
-    'torch: requested by backends.use'
+    >>> print(ran[0])
+    layer_norm: torch, requested by backends.use
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib
-import importlib.metadata
 import importlib.util
 import os
+import re
 import sysconfig
 from collections.abc import Callable, Iterator
 from functools import cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +26,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fusednorm import reference
+from fusednorm._version import __version__
 from fusednorm.spec import Gradients, Outputs
 from fusednorm.validation import fail
 
@@ -58,6 +60,13 @@ class Launchers(NamedTuple):
     backward: Callable[..., Gradients]
 
 
+class GatedLaunchers(NamedTuple):
+    """What runs the gated norm; the signatures are those of Triton's gated_norm_fwd and _bwd."""
+
+    forward: Callable[..., tuple[Tensor, Tensor | None, Tensor | None]]
+    backward: Callable[..., tuple[Tensor | None, ...]]
+
+
 class Backend(NamedTuple):
     """One implementation of the equation.
 
@@ -65,11 +74,13 @@ class Backend(NamedTuple):
         missing: Returns why it is not installed, or None where it is.
         unfit: Returns why it cannot run on a device, or None where it can.
         launchers: Returns its launchers, once it is installed.
+        gated_launchers: Returns those of the gated norm.
     """
 
     missing: Callable[[], str | None]
     unfit: Callable[[torch.device], str | None]
     launchers: Callable[[], Launchers]
+    gated_launchers: Callable[[], GatedLaunchers]
 
 
 def _check_name(source: str, name: object) -> None:
@@ -92,31 +103,30 @@ def _triton_missing() -> str | None:
     return None
 
 
-def _wheel() -> str:
-    """Return for what the wheel that is installed was built."""
-    try:
-        about = importlib.metadata.distribution("fusednorm").read_text("WHEEL") or ""
-    except importlib.metadata.PackageNotFoundError:
-        about = ""
-    tags = [line.removeprefix("Tag: ") for line in about.splitlines() if line.startswith("Tag: ")]
-    return f"a wheel for {tags[0]}" if tags else "no wheel"
-
-
 @cache
 def extension_missing() -> str | None:
-    """Return why the compiled extension cannot be loaded, or None once it is."""
+    """Return why there is no compiled extension, or None once it is loaded.
+
+    Raises:
+        ImportError: There is one that does not load: it was built for another platform or torch.
+    """
     name = "fusednorm._C"
     try:
         found = importlib.util.find_spec(name)
     except ValueError:  # something else stands in its place
         found = None
-    if found is None:
+    if found is None or found.origin is None:
         return "the compiled extension was not built (FUSEDNORM_BUILD=cpu)"
     try:
         importlib.import_module(name)
     except ImportError as error:
-        here = f"{sysconfig.get_platform()} with torch {torch.__version__}"
-        return f"the compiled extension does not load: {error} (from {_wheel()}, on {here})"
+        said = re.search(rb"built with (torch [^,\0]+), compiler", Path(found.origin).read_bytes())
+        built = said[1].decode() if said else "nobody knows what"
+        here = f"torch {torch.__version__} for {sysconfig.get_platform()}"
+        raise ImportError(
+            f"fusednorm {__version__}: the compiled extension does not load: {error}; it was built "
+            f"with {built}, and this is {here}"
+        ) from error
     return None
 
 
@@ -214,13 +224,34 @@ def _cpu_launchers() -> Launchers:
     return Launchers(_C.forward, _C.backward)
 
 
+@cache
+def _triton_gated() -> GatedLaunchers:
+    from fusednorm.triton_kernels import gated
+
+    return GatedLaunchers(gated.gated_norm_fwd, gated.gated_norm_bwd)
+
+
+def _cuda_gated() -> GatedLaunchers:
+    fail("cuda backend", "no gate_input, which the triton backend has", "one")
+
+
+@cache
+def _cpu_gated() -> GatedLaunchers:
+    from fusednorm import _C  # type: ignore[attr-defined]
+
+    return GatedLaunchers(_C.gated_forward, _C.gated_backward)
+
+
 _TORCH_LAUNCHERS = Launchers(reference.launch_fwd, reference.launch_bwd)
+_TORCH_GATED = GatedLaunchers(reference.launch_gated_fwd, reference.launch_gated_bwd)
 
 _TABLE = {
-    "triton": Backend(_triton_missing, _triton_unfit, _triton_launchers),
-    "cuda": Backend(cuda_missing, _cuda_unfit, _cuda_launchers),
-    "cpu": Backend(extension_missing, _cpu_unfit, _cpu_launchers),
-    "torch": Backend(lambda: None, lambda device: None, lambda: _TORCH_LAUNCHERS),
+    "triton": Backend(_triton_missing, _triton_unfit, _triton_launchers, _triton_gated),
+    "cuda": Backend(cuda_missing, _cuda_unfit, _cuda_launchers, _cuda_gated),
+    "cpu": Backend(extension_missing, _cpu_unfit, _cpu_launchers, _cpu_gated),
+    "torch": Backend(
+        lambda: None, lambda device: None, lambda: _TORCH_LAUNCHERS, lambda: _TORCH_GATED
+    ),
 }
 """Every backend by name, the preferred one first; nothing else knows what there is."""
 
@@ -230,6 +261,15 @@ NAMES = tuple(_TABLE)
 def launchers(backend: str) -> Launchers:
     """Return the launchers of an installed backend."""
     return _TABLE[backend].launchers()
+
+
+def gated_launchers(backend: str) -> GatedLaunchers:
+    """Return the launchers of the gated norm.
+
+    Raises:
+        ValueError: The backend has none.
+    """
+    return _TABLE[backend].gated_launchers()
 
 
 def _unfit(backend: str, device: torch.device) -> str | None:
@@ -248,7 +288,7 @@ def serves(backend: str, device: torch.device) -> bool:
 
 
 def compiled_on_cpu(plain: bool) -> bool:
-    """Return whether `select` chooses the compiled kernels for a plain tensor on the CPU."""
+    """Return whether `choose` takes the compiled kernels for a plain tensor on the CPU."""
     wanted = not plain if _requested is None else _requested == "cpu"
     return wanted and extension_missing() is None
 
@@ -314,23 +354,61 @@ def available() -> tuple[str, ...]:
     return tuple(name for name in NAMES if _TABLE[name].missing() is None)
 
 
-def explain(tensor: Tensor, *, plain: bool = True) -> Choice:
-    """Return the implementation that would run for `tensor`, and why.
+class Ran(NamedTuple):
+    """A call, the implementation that ran it, one of `NAMES`, and why it is that one."""
+
+    op: str
+    backend: str
+    reason: str
+
+    def __str__(self) -> str:
+        """Return ``op: backend, reason``."""
+        return f"{self.op}: {self.backend}, {self.reason}"
+
+
+# What `explain` listens with; None while nobody asks, which is all that a call looks at.
+listener: list[Ran] | None = None
+
+
+@contextlib.contextmanager
+def explain() -> Iterator[list[Ran]]:
+    """Note what runs each call inside the ``with`` block, and why, in every thread.
+
+    Yields:
+        The calls so far, the latest one last. What a compiled graph runs was decided when it was
+        traced, and is noted then.
+
+    Example:
+        >>> import torch, fusednorm
+        >>> with explain() as ran:
+        ...     y = fusednorm.rms_norm(torch.empty(2, 8, device="meta"), 8)
+        >>> print(*ran)
+        rms_norm: torch, the kernels are built for cuda devices, not meta
+    """
+    global listener
+    previous, listener = listener, []
+    try:
+        yield listener
+    finally:
+        listener = previous
+
+
+def note(op: str, backend: str, reason: str) -> None:
+    """Tell `explain` what runs a call."""
+    if listener is not None:
+        listener.append(Ran(op, backend, reason))
+
+
+def choose(tensor: Tensor, *, plain: bool = True) -> Choice:
+    """Return the implementation for a call on `tensor`, and why.
 
     Args:
-        tensor: Any tensor; its device and its class are looked at.
-        plain: Whether it is for `layer_norm`; not for RMS norm, nor with a residual, dropout, gate,
-            scale or shift.
+        tensor: Its device and its class are looked at.
+        plain: Whether torch has the call as one operator.
 
     Raises:
         ValueError: A backend was requested that cannot serve the tensor.
-
-    Example:
-        >>> explain(torch.empty(2, 8, device="meta")).backend
-        'torch'
     """
-    if not isinstance(tensor, Tensor):
-        fail("explain", "a Tensor", type(tensor).__name__, TypeError)
     return _automatic(tensor, plain) if _requested is None else _request(_requested, tensor)
 
 
@@ -340,13 +418,6 @@ def _request(requested: str, tensor: Tensor) -> Choice:
         expected = f"tensors that the {requested} backend can serve"
         fail(_requested_by, expected, f"{tensor.device}: {unfit}")
     return Choice(requested, f"requested by {_requested_by}")
-
-
-def select(tensor: Tensor, *, plain: bool = True) -> str:
-    """Return the name of the implementation for `tensor`, with `explain`'s errors."""
-    return (
-        _automatic(tensor, plain) if _requested is None else _request(_requested, tensor)
-    ).backend
 
 
 @contextlib.contextmanager
@@ -362,9 +433,9 @@ def use(backend: str) -> Iterator[None]:
         ValueError: There is no such backend, or it is not installed.
 
     Example:
+        >>> import torch, fusednorm
         >>> with use("torch"):
-        ...     explain(torch.empty(1)).backend
-        'torch'
+        ...     y = fusednorm.layer_norm(torch.ones(2, 4), 4)
     """
     _check_name("backends.use", backend)
     if (missing := _TABLE[backend].missing()) is not None:

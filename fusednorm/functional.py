@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -9,12 +10,14 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from fusednorm import autograd, backends, observers, route
+from fusednorm import autograd, backends, gated, observers, route
 from fusednorm.observers import PLAIN
-from fusednorm.spec import Call, Operands, Spec, compute_dtype
+from fusednorm.spec import Call, GatedOperands, GatedSpec, Operands, Spec, compute_dtype
 from fusednorm.validation import (
     DTYPES,
     check_dropout,
+    check_gate_input,
+    check_group_size,
     check_norm,
     check_residual,
     check_residual_dtype,
@@ -317,6 +320,205 @@ def modulated_layer_norm(
     return norm(op, given._replace(scale=scale, shift=shift), shape, eps)
 
 
+def modulated_rms_norm(
+    input: Tensor,
+    normalized_shape: int | Sequence[int],
+    shift: Tensor | None,
+    scale: Tensor | None,
+    weight: Tensor | None = None,
+    eps: float | None = None,
+) -> Tensor:
+    r"""Divide by the root mean square, then scale and shift as a condition says, in one kernel.
+
+    .. math::
+        z = \frac{x}{\sqrt{\mathrm{E}[x^2] + \epsilon}} \cdot \gamma \cdot (1 + \text{scale})
+        + \text{shift}
+
+    `modulated_layer_norm` with the norm of `rms_norm`; see there for the shapes.
+
+    Args:
+        input: [\*, \*normalized_shape]; float16, bfloat16, float32 or float64, any strides.
+        normalized_shape: Trailing dimensions that are normalised together.
+        shift: One vector for all rows or for each sample, or one number for each sample; None
+            for 0.
+        scale: As `shift`.
+        weight: :math:`\gamma`, of shape `normalized_shape`, or None for 1.
+        eps: Added to the mean square; None for the machine epsilon of the dtype computed in.
+
+    Returns:
+        A contiguous tensor of `input`'s shape and dtype; float32 under an autocast that runs RMS
+        norm in float32.
+
+    Raises:
+        TypeError: An argument is of the wrong kind or dtype.
+        ValueError: The shape or the device of an argument does not fit, or a backend was requested
+            that cannot serve it.
+
+    Example:
+        >>> import torch, fusednorm
+        >>> x = torch.tensor([[[1.0, 2.0, 2.0, 4.0]], [[1.0, 2.0, 2.0, 4.0]]])
+        >>> shift, scale = torch.zeros(2, 1, 1), torch.tensor([0.0, 1.0]).reshape(2, 1, 1)
+        >>> fusednorm.modulated_rms_norm(x, 4, shift, scale)
+        tensor([[[0.4000, 0.8000, 0.8000, 1.6000]],
+        <BLANKLINE>
+                [[0.8000, 1.6000, 1.6000, 3.2000]]])
+    """
+    op = "modulated_rms_norm"
+    given = Operands(input, None, None, weight, None, scale, shift)
+    if has_torch_function_variadic(*given):
+        return handle_torch_function(
+            modulated_rms_norm, given, *(input, normalized_shape, shift, scale, weight, eps)
+        )
+    eps = _default_eps(input) if eps is None else eps
+    shape, eps = check_norm(op, input, normalized_shape, weight, None, eps)
+    scale, shift = check_terms(op, input, shape, scale=scale, shift=shift)
+    return norm(op, given._replace(scale=scale, shift=shift), shape, eps, rms=True)
+
+
+def gated_layer_norm(
+    input: Tensor,
+    gate_input: Tensor,
+    normalized_shape: int | Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    group_size: int | None = None,
+    norm_before_gate: bool = True,
+) -> Tensor:
+    r"""Normalise and multiply by the SiLU of a gate, in one kernel.
+
+    .. math::
+        \mathrm{norm}(x) &= \frac{x - \mathrm{E}[x]}{\sqrt{\mathrm{Var}[x] + \epsilon}} \cdot \gamma
+        + \beta \\
+        z &= \mathrm{norm}(x) \cdot \mathrm{silu}(g) \quad\text{or}\quad
+        z = \mathrm{norm}(x \cdot \mathrm{silu}(g))
+
+    The backward is one pass as well: it computes the norm and
+    :math:`\mathrm{silu}(g) = g / (1 + e^{-g})` again from x and g.
+
+    Args:
+        input: x, [\*, \*normalized_shape]; float16, bfloat16, float32 or float64, any strides.
+        gate_input: g, of `input`'s shape and any of these dtypes and strides: a slice of a wider
+            projection is read where it lies.
+        normalized_shape: Trailing dimensions that form a row of N numbers.
+        weight: :math:`\gamma`, of shape `normalized_shape`, or None for 1.
+        bias: :math:`\beta`, of shape `normalized_shape`, or None for 0.
+        eps: Added to the variance; in the square of the unit of what is normalised.
+        group_size: A divisor of N: mean and variance are those of each run of so many adjacent
+            numbers of a row. None for N.
+        norm_before_gate: True for :math:`\mathrm{norm}(x) \cdot \mathrm{silu}(g)`, False for
+            :math:`\mathrm{norm}(x \cdot \mathrm{silu}(g))`, whose product is not rounded.
+
+    Returns:
+        A contiguous tensor of `input`'s shape and dtype; float32 under an autocast that runs layer
+        norm in float32.
+
+    Raises:
+        TypeError: An argument is of the wrong kind or dtype.
+        ValueError: The shape, the device or the value of an argument does not fit, or a backend was
+            requested that cannot serve it.
+
+    Example:
+        >>> import torch, fusednorm
+        >>> x = torch.tensor([[1.0, 2.0, 3.0, 4.0]])
+        >>> fusednorm.gated_layer_norm(x, torch.ones(1, 4), 4)
+        tensor([[-0.9808, -0.3269,  0.3269,  0.9808]])
+        >>> fusednorm.gated_layer_norm(x, torch.ones(1, 4), 4, group_size=2)
+        tensor([[-0.7310,  0.7310, -0.7310,  0.7310]])
+    """
+    given = GatedOperands(input, gate_input, weight, bias)
+    if has_torch_function_variadic(*given):
+        return handle_torch_function(
+            gated_layer_norm,
+            given,
+            *(input, gate_input, normalized_shape, weight, bias, eps),
+            group_size=group_size,
+            norm_before_gate=norm_before_gate,
+        )
+    return gated_norm(
+        "gated_layer_norm",
+        given,
+        normalized_shape,
+        eps,
+        group_size=group_size,
+        norm_before_gate=norm_before_gate,
+    )
+
+
+def gated_rms_norm(
+    input: Tensor,
+    gate_input: Tensor,
+    normalized_shape: int | Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float | None = None,
+    *,
+    group_size: int | None = None,
+    norm_before_gate: bool = True,
+) -> Tensor:
+    r"""Divide by the root mean square and multiply by the SiLU of a gate, in one kernel.
+
+    .. math::
+        \mathrm{norm}(x) &= \frac{x}{\sqrt{\mathrm{E}[x^2] + \epsilon}} \cdot \gamma + \beta \\
+        z &= \mathrm{norm}(x) \cdot \mathrm{silu}(g) \quad\text{or}\quad
+        z = \mathrm{norm}(x \cdot \mathrm{silu}(g))
+
+    `gated_layer_norm` with the norm of `rms_norm`; see there for the shapes and the errors. The
+    first is the gated norm of GLA and DeltaNet, the second that of Mamba 2 (Dao and Gu, 2024,
+    arXiv:2405.21060), where `group_size` lets every device of a tensor parallel model have whole
+    groups.
+
+    Args:
+        input: x, [\*, \*normalized_shape].
+        gate_input: g, of `input`'s shape.
+        normalized_shape: Trailing dimensions that form a row of N numbers.
+        weight: :math:`\gamma`, of shape `normalized_shape`, or None for 1.
+        bias: :math:`\beta`, of shape `normalized_shape`, or None for 0.
+        eps: Added to the mean square; None for the machine epsilon of the dtype computed in.
+        group_size: A divisor of N: the mean square is that of each run of so many adjacent numbers
+            of a row. None for N.
+        norm_before_gate: True for :math:`\mathrm{norm}(x) \cdot \mathrm{silu}(g)`, False for
+            :math:`\mathrm{norm}(x \cdot \mathrm{silu}(g))`.
+
+    Returns:
+        A contiguous tensor of `input`'s shape and dtype; float32 under an autocast that runs RMS
+        norm in float32.
+
+    Raises:
+        TypeError: An argument is of the wrong kind or dtype.
+        ValueError: The shape, the device or the value of an argument does not fit, or a backend was
+            requested that cannot serve it.
+
+    Example:
+        >>> import torch, fusednorm
+        >>> x, g = torch.tensor([[1.0, 2.0, 2.0, 4.0]]), torch.tensor([[0.0, 1.0, 2.0, 9.0]])
+        >>> fusednorm.gated_rms_norm(x, g, 4)
+        tensor([[ 0.0000,  0.5848,  1.4093, 14.3982]])
+        >>> fusednorm.gated_rms_norm(x, g, 4, norm_before_gate=False)
+        tensor([[0.0000, 0.0808, 0.1947, 1.9889]])
+    """
+    given = GatedOperands(input, gate_input, weight, bias)
+    if has_torch_function_variadic(*given):
+        return handle_torch_function(
+            gated_rms_norm,
+            given,
+            *(input, gate_input, normalized_shape, weight, bias, eps),
+            group_size=group_size,
+            norm_before_gate=norm_before_gate,
+        )
+    eps = _default_eps(input, gate_input) if eps is None else eps
+    return gated_norm(
+        "gated_rms_norm",
+        given,
+        normalized_shape,
+        eps,
+        group_size=group_size,
+        norm_before_gate=norm_before_gate,
+        rms=True,
+    )
+
+
 class Options(NamedTuple):
     """What an Add & Norm takes beside its tensors and its norm."""
 
@@ -345,6 +547,26 @@ def norm(
     out_dtype = _output_dtype(operands.x, rms) if out_dtype is None else out_dtype
     spec = Spec(shape, eps, rms, 0.0, out_dtype, None, x_hat_dtype)
     return route.run(Call(op, operands, spec, want_h=False))[0]
+
+
+def gated_norm(
+    op: str,
+    given: GatedOperands,
+    normalized_shape: int | Sequence[int],
+    eps: float,
+    *,
+    group_size: int | None,
+    norm_before_gate: bool,
+    rms: bool = False,
+    x_hat_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Check the arguments of a gated norm and run it."""
+    x, gate_input, weight, bias = given
+    shape, eps = check_norm(op, x, normalized_shape, weight, bias, eps)
+    check_gate_input(op, gate_input, x)
+    size = check_group_size(op, group_size, math.prod(shape))
+    out_dtype, before = _output_dtype(x, rms), bool(norm_before_gate)
+    return gated.run(op, given, GatedSpec(shape, size, eps, rms, before, out_dtype, x_hat_dtype))
 
 
 def add_norm(
@@ -417,7 +639,7 @@ def _by_torch(
         type(input) is Tensor
         and input.is_cpu
         and (dtype := input.dtype) in DTYPES
-        and backends.select(input) == "torch"
+        and (choice := backends.choose(input)).backend == "torch"
         and input.layout is torch.strided
         and (weight is None or (type(weight) in PLAIN and weight.dtype is dtype and weight.is_cpu))
         and (bias is None or (type(bias) in PLAIN and bias.dtype is dtype and bias.is_cpu))
@@ -426,6 +648,8 @@ def _by_torch(
         and not observers.transforms_active()
         and not observers.saving_watched()
     ):
+        if backends.listener is not None:
+            backends.note("rms_norm" if rms else "layer_norm", *choice)
         try:
             if rms:
                 return torch.rms_norm(input, shape, weight, eps)
@@ -452,6 +676,11 @@ def _unchecked(
         or not backends.is_plain()(shape, x, residual, weight, bias)
     ):
         return None
+    if backends.listener is not None:
+        name = "rms_norm" if rms else "layer_norm"
+        backends.note(
+            f"{'' if residual is None else 'add_'}{name}", *backends.choose(x, plain=plain)
+        )
     dtype = x.dtype
     spec = Spec(shape, eps, rms, 0.0, dtype, None if residual is None else dtype, None)
     z, h = autograd.run(operands, spec, backends.launchers("cpu"), want_h=want_h)

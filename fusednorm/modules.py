@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any
@@ -11,10 +12,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.jit import is_scripting  # type: ignore[attr-defined]
 
-from fusednorm.functional import Options, add_norm, layer_norm, modulated_layer_norm, rms_norm
+from fusednorm.functional import (
+    Options,
+    add_norm,
+    gated_rms_norm,
+    layer_norm,
+    modulated_layer_norm,
+    modulated_rms_norm,
+    rms_norm,
+)
 from fusednorm.observers import shape_of
 from fusednorm.spec import Operands
-from fusednorm.validation import fail
+from fusednorm.validation import check_group_size, fail
 
 
 class LayerNorm(nn.LayerNorm):
@@ -337,7 +346,84 @@ class AddRMSNorm(_AddNorm, RMSNorm):
         return (y, h) if self.prenorm else y
 
 
-class AdaLayerNorm(nn.Module):
+class _AdaNorm(nn.Module):
+    """What `AdaLayerNorm` and `AdaRMSNorm` have beside their norm."""
+
+    _may_have_bias = True
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        normalized_shape: int,
+        cond_features: int,
+        eps: float | None,
+        elementwise_affine: bool,
+        bias: bool,
+        gate: bool,
+        device: Any,
+        dtype: Any,
+    ) -> None:
+        super().__init__()
+        op = type(self).__name__
+        size = _check_int(op, "normalized_shape", normalized_shape)
+        self.normalized_shape = (size,)
+        self.cond_features = _check_int(op, "cond_features", cond_features)
+        self.eps = eps
+        self.elementwise_affine = elementwise_affine
+        self.gate = _check_bool(op, "gate", gate)
+        for name, wanted in (("weight", True), ("bias", bias)):
+            parameter = None
+            if elementwise_affine and wanted:
+                parameter = nn.Parameter(torch.empty(size, device=device, dtype=dtype))
+            self.register_parameter(name, parameter)
+        terms = 3 if gate else 2
+        self.linear = _ZeroLinear(self.cond_features, terms * size, device=device, dtype=dtype)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Give weight and bias their initial values, as the linear layer does with its own."""
+        if self.weight is not None:
+            nn.init.ones_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """Return (z, gate), or z without `gate`, of `x` and its `condition`."""
+        self._check(x, condition)
+        terms = self.linear(F.silu(condition))
+        terms = terms.reshape(terms.shape[0], *(1,) * (x.dim() - 2), terms.shape[1])
+        # Views: copying a term would cost more than reading its strided rows.
+        shift, scale, *gate = terms.chunk(3 if self.gate else 2, -1)
+        z = self._modulated(x, shift, scale)
+        return (z, *gate) if gate else z
+
+    def _modulated(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _check(self, x: Tensor, condition: Tensor) -> None:
+        """Check what the function could name only by the terms made from it."""
+        op = type(self).__name__
+        for name, value in (("x", x), ("condition", condition)):
+            if not isinstance(value, Tensor):
+                fail(op, f"{name} to be a Tensor", type(value).__name__, TypeError)
+        sizes = shape_of(x)
+        if x.dim() < 2 or sizes[-1:] != self.normalized_shape:
+            fail(op, f"x of shape (B, *, {self.normalized_shape[0]})", tuple(sizes))
+        samples, features = sizes[0], self.cond_features
+        if shape_of(condition) not in ((samples, features), (1, features)):
+            fail(op, f"condition of shape ({samples}, {features})", tuple(condition.shape))
+
+    def extra_repr(self) -> str:
+        """Return the arguments of the constructor."""
+        bias = f"bias={self.bias is not None}, " if self._may_have_bias else ""
+        return (
+            f"{self.normalized_shape[0]}, {self.cond_features}, eps={self.eps}, "
+            f"elementwise_affine={self.elementwise_affine}, {bias}gate={self.gate}"
+        )
+
+
+class AdaLayerNorm(_AdaNorm):
     r"""Layer normalisation that a condition scales and shifts (adaLN-Zero), in one kernel.
 
     .. math::
@@ -386,8 +472,7 @@ class AdaLayerNorm(nn.Module):
         (True, torch.Size([2, 1, 8]), False)
     """
 
-    weight: nn.Parameter | None
-    bias: nn.Parameter | None
+    eps: float
 
     def __init__(
         self,
@@ -400,62 +485,161 @@ class AdaLayerNorm(nn.Module):
         device: Any = None,
         dtype: Any = None,
     ) -> None:
-        super().__init__()
-        op = type(self).__name__
-        size = _check_int(op, "normalized_shape", normalized_shape)
-        self.normalized_shape = (size,)
-        self.cond_features = _check_int(op, "cond_features", cond_features)
-        self.eps = eps
-        self.elementwise_affine = elementwise_affine
-        self.gate = _check_bool(op, "gate", gate)
-        for name, wanted in (("weight", True), ("bias", bias)):
-            parameter = None
-            if elementwise_affine and wanted:
-                parameter = nn.Parameter(torch.empty(size, device=device, dtype=dtype))
-            self.register_parameter(name, parameter)
-        terms = 3 if gate else 2
-        self.linear = _ZeroLinear(self.cond_features, terms * size, device=device, dtype=dtype)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Give weight and bias their initial values, as the linear layer does with its own."""
-        if self.weight is not None:
-            nn.init.ones_(self.weight)
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
-
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        """Return (z, gate), or z without `gate`, of `x` and its `condition`."""
-        self._check(x, condition)
-        terms = self.linear(F.silu(condition))
-        terms = terms.reshape(terms.shape[0], *(1,) * (x.dim() - 2), terms.shape[1])
-        # Views: copying a term would cost more than reading its strided rows.
-        shift, scale, *gate = terms.chunk(3 if self.gate else 2, -1)
-        z = modulated_layer_norm(
-            x, self.normalized_shape, shift, scale, self.weight, self.bias, self.eps
+        super().__init__(
+            normalized_shape, cond_features, eps, elementwise_affine, bias, gate, device, dtype
         )
-        return (z, *gate) if gate else z
 
-    def _check(self, x: Tensor, condition: Tensor) -> None:
-        """Check what `modulated_layer_norm` could name only by the terms made from it."""
+    def _modulated(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        affine = self.weight, self.bias
+        return modulated_layer_norm(x, self.normalized_shape, shift, scale, *affine, self.eps)
+
+
+class AdaRMSNorm(_AdaNorm):
+    r"""Division by the root mean square that a condition scales and shifts, in one kernel.
+
+    .. math::
+        \text{shift}, \text{scale}, \text{gate} &= \mathrm{Linear}(\mathrm{SiLU}(c)) \\
+        z &= \frac{x}{\sqrt{\mathrm{E}[x^2] + \epsilon}} \cdot w \cdot (1 + \text{scale})
+        + \text{shift}
+
+    `AdaLayerNorm` with the norm of `RMSNorm`: see there for the gate and the linear layer.
+
+    Args:
+        normalized_shape (int): N, the size of the last dimension, which is normalised.
+        cond_features (int): C, the size of the condition.
+        eps (float): added to the mean square; None stands for the machine epsilon of the dtype
+            computed in.
+        elementwise_affine (bool): whether there is a weight, of ones at first.
+        gate (bool): whether there is a gate.
+        device: where the parameters are made.
+        dtype: the dtype of the parameters.
+
+    Shape:
+        - x: `(B, *, N)`.
+        - condition: `(B, C)`, or `(1, C)` for all samples.
+        - output: z, of the shape and dtype of x, and gate, `(B, 1, .., N)`; without `gate` z alone.
+
+    Attributes:
+        linear: the `nn.Linear` from C to 3 N features, the shift first, then scale and gate; to 2 N
+            without a gate.
+        weight: as in `RMSNorm`; None unless `elementwise_affine`.
+
+    Example:
+        >>> import torch
+        >>> norm = AdaRMSNorm(8, 4)
+        >>> norm
+        AdaRMSNorm(
+          8, 4, eps=None, elementwise_affine=False, gate=True
+          (linear): Linear(in_features=4, out_features=24, bias=True)
+        )
+        >>> x, condition = torch.randn(2, 3, 8), torch.randn(2, 4)
+        >>> z, gate = norm(x, condition)
+        >>> torch.allclose(z, RMSNorm(8)(x), atol=1e-6), gate.shape, gate.any().item()
+        (True, torch.Size([2, 1, 8]), False)
+    """
+
+    _may_have_bias = False
+
+    def __init__(
+        self,
+        normalized_shape: int,
+        cond_features: int,
+        eps: float | None = None,
+        elementwise_affine: bool = False,
+        gate: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(
+            normalized_shape, cond_features, eps, elementwise_affine, False, gate, device, dtype
+        )
+
+    def _modulated(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        return modulated_rms_norm(x, self.normalized_shape, shift, scale, self.weight, self.eps)
+
+
+class GatedRMSNorm(RMSNorm):
+    r"""Division by the root mean square, and the SiLU of a gate, in one kernel.
+
+    .. math::
+        z = \frac{x}{\sqrt{\mathrm{E}[x^2] + \epsilon}} \cdot w \cdot \mathrm{silu}(g)
+        \quad\text{or}\quad
+        z = \frac{u}{\sqrt{\mathrm{E}[u^2] + \epsilon}} \cdot w
+        \quad\text{with}\quad u = x \cdot \mathrm{silu}(g)
+
+    The first is what follows the attention of GLA and DeltaNet, the second that of Mamba 2 (Dao and
+    Gu, 2024, arXiv:2405.21060). It is an `RMSNorm` in all else: the state dict is that of
+    `nn.RMSNorm`.
+
+    Args:
+        normalized_shape (int or list or torch.Size): the sizes of the dimensions that form a row of
+            N numbers, the last ones of the input. An int stands for one dimension.
+        eps (float): added to the mean square; None stands for the machine epsilon of the dtype
+            computed in.
+        elementwise_affine (bool): whether there is a weight, of ones at first.
+        group_size (int): a divisor of N: the mean square is that of each run of so many adjacent
+            numbers of a row. None for N. There is one weight for all of them.
+        norm_before_gate (bool): whether the norm is that of x, as in the first formula.
+        device: where the weight is made.
+        dtype: the dtype of the weight.
+
+    Shape:
+        - x: `(*, *normalized_shape)`, with any number of leading dimensions, none included.
+        - g: the shape of x, in any strides.
+        - weight: `normalized_shape`, or None.
+        - output: z, of the shape and dtype of x.
+
+    See `fusednorm.functional.gated_rms_norm` for the whole contract.
+
+    Example:
+        >>> import torch
+        >>> norm = GatedRMSNorm(8, group_size=4, norm_before_gate=False)
+        >>> norm
+        GatedRMSNorm((8,), eps=None, elementwise_affine=True, group_size=4, norm_before_gate=False)
+        >>> x, g = torch.randn(2, 3, 16).chunk(2, -1)
+        >>> norm(x, g).shape
+        torch.Size([2, 3, 8])
+        >>> list(norm.state_dict())
+        ['weight']
+    """
+
+    def __init__(
+        self,
+        normalized_shape: int | Sequence[int],
+        eps: float | None = None,
+        elementwise_affine: bool = True,
+        *,
+        group_size: int | None = None,
+        norm_before_gate: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(normalized_shape, eps, elementwise_affine, device, dtype)
         op = type(self).__name__
-        for name, value in (("x", x), ("condition", condition)):
-            if not isinstance(value, Tensor):
-                fail(op, f"{name} to be a Tensor", type(value).__name__, TypeError)
-        sizes = shape_of(x)
-        if x.dim() < 2 or sizes[-1:] != self.normalized_shape:
-            fail(op, f"x of shape (B, *, {self.normalized_shape[0]})", tuple(sizes))
-        samples, features = sizes[0], self.cond_features
-        if shape_of(condition) not in ((samples, features), (1, features)):
-            fail(op, f"condition of shape ({samples}, {features})", tuple(condition.shape))
+        check_group_size(op, group_size, math.prod(self.normalized_shape))
+        self.group_size = group_size
+        self.norm_before_gate = _check_bool(op, "norm_before_gate", norm_before_gate)
+
+    def forward(self, x: Tensor, g: Tensor) -> Tensor:  # type: ignore[override]
+        """Normalise `x`, of shape `(*, *normalized_shape)`, and multiply by the SiLU of `g`."""
+        return gated_rms_norm(
+            x,
+            g,
+            self.normalized_shape,
+            self.weight,
+            eps=self.eps,
+            group_size=self.group_size,
+            norm_before_gate=self.norm_before_gate,
+        )
 
     def extra_repr(self) -> str:
-        """Return the arguments of the constructor."""
-        return (
-            f"{self.normalized_shape[0]}, {self.cond_features}, eps={self.eps}, "
-            f"elementwise_affine={self.elementwise_affine}, bias={self.bias is not None}, "
-            f"gate={self.gate}"
-        )
+        """Return the arguments of the norm, and those options that are on."""
+        shown = [super().extra_repr()]
+        if self.group_size is not None:
+            shown.append(f"group_size={self.group_size}")
+        if not self.norm_before_gate:
+            shown.append("norm_before_gate=False")
+        return ", ".join(shown)
 
 
 class _ZeroLinear(nn.Linear):

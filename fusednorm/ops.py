@@ -8,7 +8,7 @@ then the numbers.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -44,7 +44,7 @@ def _forward_arguments(arguments: tuple[Any, ...]) -> tuple[Operands, Spec]:
 def _layer_norm_fwd(*arguments: Any) -> tuple[Tensor, ...]:
     operands, spec = _forward_arguments(arguments)
     launchers = backends.launchers(backends.kernels(operands.x.device) or "torch")
-    return _fill(launchers.forward(*operands, *spec, True, True), operands.x)
+    return fill(launchers.forward(*operands, *spec, True, True), operands.x)
 
 
 def _layer_norm_fwd_fake(*arguments: Any) -> tuple[Tensor, ...]:
@@ -54,7 +54,7 @@ def _layer_norm_fwd_fake(*arguments: Any) -> tuple[Tensor, ...]:
     z = x.new_empty(x.shape, dtype=spec.out_dtype)
     h = None if spec.h_dtype is None else x.new_empty(x.shape, dtype=spec.h_dtype)
     mean = None if spec.rms else x.new_empty(rows, dtype=stats)
-    return _fill((z, h, mean, x.new_empty(rows, dtype=stats)), x)
+    return fill((z, h, mean, x.new_empty(rows, dtype=stats)), x)
 
 
 def _layer_norm_bwd(*arguments: Any) -> tuple[Tensor, ...]:
@@ -62,7 +62,7 @@ def _layer_norm_bwd(*arguments: Any) -> tuple[Tensor, ...]:
     tensors, (shape, _eps, _rms, *options) = arguments[:count], arguments[count:]
     h = Saved(*tensors[2:]).h
     launchers = backends.launchers(backends.kernels(h.device) or "torch")
-    return _fill(launchers.backward(*tensors, tuple(shape), *options), h)
+    return fill(launchers.backward(*tensors, tuple(shape), *options), h)
 
 
 def _layer_norm_bwd_fake(_dz: Tensor | None, _dh: Tensor | None, *arguments: Any) -> Any:
@@ -74,7 +74,7 @@ def _layer_norm_bwd_fake(_dz: Tensor | None, _dh: Tensor | None, *arguments: Any
     h = saved.h
     likes = ByInput(h, h, saved.gate, saved.weight, saved.bias, saved.scale, saved.shift)
     dtypes = (x_dtype, residual_dtype, *(getattr(like, "dtype", None) for like in likes[2:]))
-    return _fill(
+    return fill(
         tuple(
             like.new_empty(like.shape, dtype=dtype) if wanted and like is not None else None
             for like, dtype, wanted in zip(likes, dtypes, output_mask, strict=True)
@@ -83,7 +83,7 @@ def _layer_norm_bwd_fake(_dz: Tensor | None, _dh: Tensor | None, *arguments: Any
     )
 
 
-def _fill(results: tuple[Tensor | None, ...], like: Tensor) -> tuple[Tensor, ...]:
+def fill(results: Iterable[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
     """Put an empty tensor in the place of each result that there is none of."""
     return tuple(like.new_empty(0) if result is None else result for result in results)
 

@@ -22,6 +22,9 @@ from fusednorm.observers import shape_of, tracing
 from fusednorm.spec import (
     ByInput,
     Dtypes,
+    GatedOperands,
+    GatedSaved,
+    GatedSpec,
     Gradients,
     Mask,
     Operands,
@@ -52,7 +55,7 @@ def _factor(term: Tensor, like: Tensor) -> Tensor:
 
 
 def _normalize(
-    h: Tensor, spec: Spec, rstd: Tensor | None = None
+    h: Tensor, spec: Spec | GatedSpec, rstd: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Return x_hat, mean (None for RMS) and rstd of [.., N] rows, the last two as [.., 1]."""
     mean = None
@@ -326,3 +329,87 @@ def _torch_bwd(dz: Tensor, saved: Saved, shape: tuple[int, ...], want: ByInput) 
         dz, h, shape, mean, rstd, saved.weight, saved.bias, mask
     )
     return ByInput(x=dx, weight=dweight, bias=dbias)
+
+
+# The gated norm
+
+
+def _in_groups(tensor: Tensor, spec: GatedSpec, dtype: torch.dtype) -> Tensor:
+    """Return rows as [M, groups, group_size] of `dtype`."""
+    rows, cols = rows_and_columns(tensor, spec.normalized_shape)
+    size = -1 if tracing() and rows * cols > 0 else rows  # a trace then holds no number of rows
+    return tensor.reshape(size, cols // max(spec.group_size, 1), spec.group_size).to(dtype)
+
+
+def gated_norm(operands: GatedOperands, spec: GatedSpec) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Return z, and mean (None for RMS) and rstd of every group of every row, [M * groups].
+
+    z = norm(x) * silu(gate_input), or norm(x * silu(gate_input)).
+    """
+    x, gate_input, weight, bias = operands
+    dtype = compute_dtype(x.dtype, gate_input.dtype)
+    silu = F.silu(_in_groups(gate_input, spec, dtype))
+    h = _in_groups(x, spec, dtype)
+    x_hat, mean, rstd = _normalize(h if spec.norm_before_gate else h * silu, spec)
+    z = _affine(x_hat.flatten(1), weight, bias, spec.x_hat_dtype)
+    if spec.norm_before_gate:
+        z = z * silu.flatten(1)
+    mean = None if mean is None else mean.reshape(-1)
+    return z.to(spec.out_dtype).reshape(x.shape), mean, rstd.reshape(-1)
+
+
+def gated_norm_bwd(
+    dz: Tensor, saved: GatedSaved, spec: GatedSpec, wanted: tuple[bool, ...]
+) -> tuple[Tensor | None, ...]:
+    """Return the wanted gradients of x, gate_input, weight and bias, as `layer_norm_bwd` does."""
+    x, gate_input, _, rstd, weight, bias = saved
+    dtype = compute_dtype(x.dtype, gate_input.dtype)
+    h, dy, gate = (_in_groups(tensor, spec, dtype) for tensor in (x, dz, gate_input))
+    sigmoid = gate.sigmoid()
+    silu = gate * sigmoid
+    dsilu = sigmoid + silu * (1 - sigmoid)
+    known = None if rstd is None else rstd.reshape(*h.shape[:-1], 1)
+    x_hat, _, rstd = _normalize(h if spec.norm_before_gate else h * silu, spec, known)
+    dgate = dy
+    if spec.norm_before_gate:
+        y = _affine(x_hat.flatten(1), weight, bias, spec.x_hat_dtype)
+        dgate, dy = dy * y.reshape(h.shape), dy * silu
+    g = dy if weight is None else dy * weight.reshape(h.shape[1:]).to(dtype)
+    projection = x_hat * (g * x_hat).mean(-1, keepdim=True)
+    if not spec.rms:
+        projection = projection + g.mean(-1, keepdim=True)
+    dx = rstd * (g - projection)
+    if not spec.norm_before_gate:
+        dgate, dx = dx * h, dx * silu
+    dweight = dbias = None
+    if wanted[2] and weight is not None:
+        dweight = (dy * _affine(x_hat, None, None, spec.x_hat_dtype)).sum(0)
+        dweight = dweight.to(weight.dtype).reshape(weight.shape)
+    if wanted[3] and bias is not None:
+        dbias = dy.sum(0).to(bias.dtype).reshape(bias.shape)
+    return (
+        dx.to(x.dtype).reshape(x.shape) if wanted[0] else None,
+        (dgate * dsilu).to(gate_input.dtype).reshape(x.shape) if wanted[1] else None,
+        dweight,
+        dbias,
+    )
+
+
+def launch_gated_fwd(*arguments: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Compute the gated norm with the signature of a launcher."""
+    count = len(GatedOperands._fields)
+    *options, _save_stats = arguments[count:]
+    z, mean, rstd = gated_norm(GatedOperands(*arguments[:count]), GatedSpec(*options))
+    return z.contiguous(), mean, rstd
+
+
+def launch_gated_bwd(dz: Tensor, *arguments: Any) -> tuple[Tensor | None, ...]:
+    """Differentiate it with the signature of a launcher."""
+    count = len(GatedSaved._fields)
+    saved, options = GatedSaved(*arguments[:count]), arguments[count:]
+    shape, group_size, norm_before_gate, x_hat_dtype, wanted = options
+    dtype = dz.dtype  # that of z plays no part in a backward
+    spec = GatedSpec(
+        shape, group_size, 0.0, saved.mean is None, norm_before_gate, dtype, x_hat_dtype
+    )
+    return gated_norm_bwd(dz, saved, spec, wanted)

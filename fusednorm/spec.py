@@ -67,17 +67,6 @@ class Call(NamedTuple):
     spec: Spec
     want_h: bool
 
-    @property
-    def is_one_norm(self) -> bool:
-        """Whether it is a norm of x with weight and bias, and nothing else of the equation."""
-        spec, operands = self.spec, self.operands
-        return (
-            spec.h_dtype is None
-            and spec.x_hat_dtype is None
-            and operands.scale is None
-            and operands.shift is None
-        )
-
 
 class Saved(NamedTuple):
     """What a backward reads: h is what was normalised, x is there for dgate only.
@@ -107,6 +96,52 @@ class ByInput(NamedTuple):
     bias: Any = None
     scale: Any = None
     shift: Any = None
+
+
+class GatedSpec(NamedTuple):
+    """What a gated norm computes beside its tensors.
+
+    Attributes:
+        normalized_shape: The trailing dimensions that form a row.
+        group_size: Adjacent columns that have statistics of their own; all of a row, or a divisor.
+        eps: Added to the variance.
+        rms: Whether the mean is taken as 0.
+        norm_before_gate: Whether silu(gate_input) multiplies what has been normalised; otherwise
+            it multiplies what is to be.
+        out_dtype: dtype of z.
+        x_hat_dtype: dtype that x_hat is rounded to before the affine part, or None.
+    """
+
+    normalized_shape: tuple[int, ...]
+    group_size: int
+    eps: float
+    rms: bool
+    norm_before_gate: bool
+    out_dtype: torch.dtype
+    x_hat_dtype: torch.dtype | None
+
+
+class GatedOperands(NamedTuple):
+    """The differentiable tensors of a gated norm."""
+
+    x: Tensor
+    gate_input: Tensor
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+
+
+class GatedSaved(NamedTuple):
+    """What the backward of a gated norm reads.
+
+    Without statistics the reference computes them again, as functions of x and gate_input.
+    """
+
+    x: Tensor
+    gate_input: Tensor
+    mean: Tensor | None
+    rstd: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
 
 
 Gradients = ByInput | tuple[Tensor | None, ...]

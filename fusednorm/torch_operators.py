@@ -200,7 +200,7 @@ def _missing(kind: str) -> str | None:
     device = torch.device("cuda", torch.cuda.current_device())
     if backends.kernels(device) is not None:
         return None
-    return backends.explain(torch.empty(0, device=device)).reason
+    return backends.choose(torch.empty(0, device=device)).reason
 
 
 Kernel = Callable[..., Any]

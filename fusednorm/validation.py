@@ -76,6 +76,25 @@ def check_residual(op: str, residual: Tensor | None, input: Tensor) -> None:
     _check_companion(op, "residual", residual, input, tuple(shape_of(input)))
 
 
+def check_gate_input(op: str, gate_input: Tensor, input: Tensor) -> None:
+    """Check what the SiLU is taken of, which has the shape of `input`."""
+    _check_tensor(op, "gate_input", gate_input)
+    if input.is_nested or gate_input.is_nested:
+        fail(op, "no gate_input with a nested tensor", "one")
+    _check_companion(op, "gate_input", gate_input, input, tuple(shape_of(input)))
+
+
+def check_group_size(op: str, group_size: int | None, cols: int) -> int:
+    """Return how many columns have statistics of their own: all of a row, or a divisor of it."""
+    if group_size is None:
+        return cols
+    if not _is_size(group_size):
+        fail(op, "group_size to be an int or None", type(group_size).__name__, TypeError)
+    if group_size < 1 or cols % group_size != 0:
+        fail(op, f"group_size that divides the {cols} columns of a row", group_size)
+    return group_size
+
+
 def check_residual_dtype(op: str, dtype: torch.dtype | None) -> None:
     """Check the dtype that the caller wants the residual stream in."""
     if dtype is not None and dtype not in DTYPES:

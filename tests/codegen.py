@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -32,7 +32,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from fusednorm.spec import compute_dtype
-from fusednorm.triton_kernels import backward, forward, launch
+from fusednorm.triton_kernels import backward, forward, gated, launch
 from fusednorm.triton_kernels.config import (
     VECTOR_BYTES,
     Architecture,
@@ -110,6 +110,8 @@ class Terms:
     gate: str = ""  # "vector", "sampled" or "scalar"
     modulation: str = ""
     stream: str = ""  # dtype of h, if it is not that of x
+    gated: str = ""  # "first" or "last": the gate of a gated norm
+    groups: int = 1  # of a gated norm, as wide as the job says
 
 
 TERMS = {
@@ -124,22 +126,33 @@ TERMS = {
     "stochastic depth": Terms(residual=True, gate="scalar"),
     "adaptive": Terms(affine=False, modulation="sampled"),
     "everything": Terms(residual=True, dropout=True, gate="sampled", modulation="sampled"),
+    "gated": Terms(rms=True, gated="last"),
+    "gated first": Terms(gated="first", groups=3),
 }
 """What users call a norm, by its terms."""
 
 
-PERSISTENT = "layer_norm_bwd_kernel"
+IN_ALL_FORMS = ("everything", "gated", "gated first")
+"""The terms that are compiled at every width and for every target."""
+
+PERSISTENT = ("layer_norm_bwd_kernel", "gated_norm_bwd_kernel")
 READ: dict[str, tuple[str, ...]] = {
     "layer_norm_fwd_kernel": ("x", "residual"),
     "layer_norm_bwd_sums_kernel": ("dz", "h"),
-    PERSISTENT: ("dz", "dh", "h", "x"),
+    "layer_norm_bwd_kernel": ("dz", "dh", "h", "x"),
     "layer_norm_bwd_finalize_kernel": (),
+    "gated_norm_fwd_kernel": ("x", "gate_input"),
+    "gated_norm_bwd_sums_kernel": ("dz", "x", "gate_input"),
+    "gated_norm_bwd_kernel": ("dz", "x", "gate_input"),
 }
 WRITTEN: dict[str, tuple[str, ...]] = {
     "layer_norm_fwd_kernel": ("z", "h"),
     "layer_norm_bwd_sums_kernel": (),
-    PERSISTENT: ("dx", "dresidual"),
+    "layer_norm_bwd_kernel": ("dx", "dresidual"),
     "layer_norm_bwd_finalize_kernel": (),
+    "gated_norm_fwd_kernel": ("z",),
+    "gated_norm_bwd_sums_kernel": (),
+    "gated_norm_bwd_kernel": ("dx", "dgate_input"),
 }
 """The [M, N] arguments of each kernel."""
 
@@ -207,17 +220,19 @@ def jobs(full: bool) -> Iterator[Job]:
                     yield Job(arch, kind, "float16", "float16", cols)
     for arch in TARGETS:
         thorough = full or arch == "sm_90"
-        for terms in TERMS if thorough else ("everything",):
+        for terms in TERMS if thorough else IN_ALL_FORMS:
             widths: tuple[int, ...] = FEW
             if not thorough:
                 widths = (4096, 8192)
-            elif not full and terms != "everything":
+            elif not full and terms not in IN_ALL_FORMS:
                 # Rows read in pieces, in each of their kernels, without a weight.
                 widths = (4096, 131072) if terms == "bare" else (4096,)
+            elif TERMS[terms].gated:
+                widths = (128, *FEW)  # a head, or a group
             for cols in widths:
                 for kind in ("forward", "backward"):
                     yield Job(arch, kind, "bfloat16", "bfloat16", cols, terms=terms)
-                    if full or terms == "everything":
+                    if full or terms in IN_ALL_FORMS:
                         yield Job(arch, kind, "float32", "float32", cols, terms=terms)
     yield from _variations()
 
@@ -277,13 +292,13 @@ def compile_job(job: Job) -> list[Compiled]:
             kwargs.update(PLANTED.get(job.planted, {}))
             named = dict(zip(kernel.arg_names, args, strict=False))
             name = kernel.fn.__name__
-            counted = chosen[-1].programs_per_processor if name == PERSISTENT else 0
+            counted = chosen[-1].programs_per_processor if name in PERSISTENT else 0
             built = type(kernel).run(kernel, *args, warmup=True, **kwargs)
             moved = (_bytes(named, tensors) for tensors in (READ[name], WRITTEN[name]))
             compiled.append(Compiled(built, counted, *moved))
 
     triton.runtime.driver.set_active(_Driver(job.arch))
-    for module in (forward, backward):
+    for module in (forward, backward, gated):
         for name, kernel in vars(module).items():
             if isinstance(kernel, triton.JITFunction) and name.endswith("_kernel"):
                 kernel.run = functools.partial(compile_only, kernel)
@@ -295,6 +310,7 @@ def compile_job(job: Job) -> list[Compiled]:
             device_guard=lambda device: contextlib.nullcontext(),
         ),
         mock.patch.object(backward, "backward_config", note_config),
+        mock.patch.object(gated, "backward_config", note_config),
     ):
         _call_launcher(job)
     return compiled
@@ -317,6 +333,9 @@ def _call_launcher(job: Job) -> None:
         sizes = {"vector": (1, job.cols), "sampled": (SAMPLES, job.cols), "scalar": (SAMPLES, 1)}
         return meta(*sizes[kind]) if kind else None
 
+    if terms.gated:
+        _call_gated_launcher(job, terms, meta)
+        return
     if terms.gate or terms.modulation:
         rows -= rows % SAMPLES
     x = meta(rows, job.cols + job.padding)[:, : job.cols]
@@ -343,6 +362,25 @@ def _call_launcher(job: Job) -> None:
     backward.layer_norm_bwd(
         *(x, dh, x, h, mean, stats, gate, weight, bias, scale, shift, seed),
         *(shape, dropout_p, dtype, dtype if stream is None else stream, None, wanted),
+    )
+
+
+def _call_gated_launcher(job: Job, terms: Terms, meta: Callable[..., torch.Tensor]) -> None:
+    cols = job.cols * terms.groups
+    x, gate_input = meta(job.rows, 2 * cols + job.padding)[:, : 2 * cols].chunk(2, -1)
+    weight = meta(cols, dtype=DTYPES[job.parameters])
+    bias = None if terms.rms else weight
+    before = terms.gated == "last"
+    if job.kind == "forward":
+        gated.gated_norm_fwd(
+            *(x, gate_input, weight, bias, (cols,), job.cols, 1e-5, terms.rms, before),
+            *(x.dtype, None, True),
+        )
+        return
+    stats = meta(job.rows * terms.groups, dtype=compute_dtype(x.dtype))
+    gated.gated_norm_bwd(
+        *(x, x, gate_input, None if terms.rms else stats, stats, weight, bias),
+        *((cols,), job.cols, before, None, (True,) * 4),
     )
 
 
@@ -685,6 +723,7 @@ def describe(entry: dict[str, Any]) -> str:
     if entry["parameters"] != dtype:
         dtype += "/" + entry["parameters"]
     name = entry["kernel"].removeprefix("layer_norm_").removesuffix("_kernel")
+    name = name.removeprefix("gated_norm_")  # which the terms say
     name += f" {entry['terms']}" if entry["terms"] else ""
     name += " dx only" if entry["kind"] == "backward_dx" else ""
     name += f" ({entry['planted']})" if entry["planted"] else ""

@@ -58,6 +58,9 @@ class Terms:
         dh: Gradient of the stream as an output, or None where it is not used.
         dropout_p: The rate of dropout.
         seed: What the generator is seeded with before the call.
+        gate_input: Of x's shape, for a gated norm, or None.
+        groups: Groups of columns that a gated norm has statistics of.
+        norm_before_gate: Whether it multiplies by the SiLU what has been normalised.
     """
 
     rms: bool = False
@@ -69,9 +72,12 @@ class Terms:
     dh: Tensor | None = None
     dropout_p: float = 0.0
     seed: int = 0
+    gate_input: Tensor | None = None
+    groups: int = 1
+    norm_before_gate: bool = True
 
 
-DIFFERENTIABLE_TERMS = ("residual", "gate", "scale", "shift")
+DIFFERENTIABLE_TERMS = ("residual", "gate", "scale", "shift", "gate_input")
 
 Result = dict[str, Tensor]
 Function = Callable[..., Any]
@@ -115,6 +121,8 @@ def add_terms(
     shift: str = "",
     dropout_p: float = 0.0,
     stream: bool | None = None,
+    gated: str = "",
+    grouped: bool = False,
 ) -> Case:
     """Give a case the terms of the whole equation.
 
@@ -127,6 +135,8 @@ def add_terms(
         shift: As gate.
         dropout_p: The rate of dropout.
         stream: Whether h gets a gradient; None for: if it is not x.
+        gated: "last" or "first" for the place of the SiLU of a gate, or "".
+        grouped: Whether the columns are in as few groups as there can be, but several.
     """
     x = case.x
     samples, *others = x.shape[:-1]
@@ -164,8 +174,16 @@ def add_terms(
         dh=like_x() if stream else None,
         dropout_p=dropout_p,
         seed=seed,
+        gate_input=like_x() if gated else None,
+        groups=_few_groups(x.shape[-1]) if grouped else 1,
+        norm_before_gate=gated != "first",
     )
-    return replace(case, bias=None if rms else case.bias, terms=terms)
+    return replace(case, bias=None if rms and not gated else case.bias, terms=terms)
+
+
+def _few_groups(cols: int) -> int:
+    """Return the smallest number of groups of at least two columns, 1 where there is none."""
+    return next((n for n in range(2, cols // 2 + 1) if cols % n == 0), 1)
 
 
 def philox(counter: np.ndarray, key: int) -> np.ndarray:
@@ -214,6 +232,13 @@ def fused(
     """Return z, and h where the case has a stream, of the library's functions."""
     if terms is None:
         return fusednorm.layer_norm(x, shape, weight, bias, eps)
+    if terms.gate_input is not None:
+        gated = fusednorm.gated_rms_norm if terms.rms else fusednorm.gated_layer_norm
+        return gated(
+            *(x, terms.gate_input, shape, weight, bias, eps),
+            group_size=shape[0] // terms.groups if terms.groups > 1 else None,
+            norm_before_gate=terms.norm_before_gate,
+        )
     modulation = {"scale": terms.scale, "shift": terms.shift}
     modulated = terms.scale is not None or terms.shift is not None
     if terms.dh is None and not modulated:
@@ -241,6 +266,8 @@ def unfused(
     """Return what `fused` does as users of torch write it, in the dtype of x."""
     if terms is None:
         return F.layer_norm(x, shape, weight, bias, eps)
+    if terms.gate_input is not None:
+        return _unfused_gated(x, shape[0], weight, bias, eps, terms)
     h = x
     if terms.keep is not None:
         h = h * terms.keep.to(x.dtype)
@@ -257,6 +284,23 @@ def unfused(
     if terms.shift is not None:
         z = z + terms.shift
     return z if terms.dh is None else (z, h)
+
+
+def _unfused_gated(
+    x: Tensor, cols: int, weight: Tensor | None, bias: Tensor | None, eps: float, terms: Terms
+) -> Tensor:
+    """Return a gated norm as the models have it: in float32, rounded once."""
+    assert terms.gate_input is not None
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    silu, h = F.silu(terms.gate_input.to(dtype)), x.to(dtype)
+    h = h if terms.norm_before_gate else h * silu
+    h = h.unflatten(-1, (terms.groups, cols // terms.groups))
+    y = (F.rms_norm if terms.rms else F.layer_norm)(h, h.shape[-1:], eps=eps).flatten(-2)
+    if weight is not None:
+        y = y * weight.to(dtype)
+    if bias is not None:
+        y = y + bias.to(dtype)
+    return (y * silu if terms.norm_before_gate else y).to(x.dtype)
 
 
 def run(function: Function, case: Case) -> Result:
@@ -308,16 +352,30 @@ def oracle(case: Case) -> dict[str, np.ndarray]:
     weight, bias = wide(case.weight, 1.0), wide(case.bias)
     gate, keep = wide(terms.gate, 1.0), wide(terms.keep, 1.0)
     scale, shift = wide(terms.scale), wide(terms.shift)
+    before = after = np.longdouble(1.0)  # what is multiplied before and after the norm
+    if terms.gate_input is not None:
+        sigmoid = 1 / (1 + np.exp(-wide(terms.gate_input)))
+        silu = wide(terms.gate_input) * sigmoid
+        dsilu = sigmoid + silu * (1 - sigmoid)
+        before, after = (before, silu) if terms.norm_before_gate else (silu, after)
+
+    def mean_of(value: np.ndarray) -> np.ndarray:
+        groups = value.reshape(*value.shape[:-1], terms.groups, -1)
+        return np.broadcast_to(groups.mean(-1, keepdims=True), groups.shape).reshape(value.shape)
+
     h = wide(terms.residual) + gate * keep * x
-    mean = 0.0 if terms.rms else h.mean(-1, keepdims=True)
-    rstd = 1 / np.sqrt(((h - mean) ** 2).mean(-1, keepdims=True) + np.longdouble(case.eps))
-    x_hat = (h - mean) * rstd
+    u = h * before
+    mean = 0.0 if terms.rms else mean_of(u)
+    rstd = 1 / np.sqrt(mean_of((u - mean) ** 2) + np.longdouble(case.eps))
+    x_hat = (u - mean) * rstd
     y = x_hat * weight + bias
-    dy = dz * (1 + scale)
+    dy = dz * after * (1 + scale)
     g = dy * weight
-    c1 = (g * x_hat).mean(-1, keepdims=True)
-    c2 = 0.0 if terms.rms else g.mean(-1, keepdims=True)
-    dh = dh + rstd * (g - x_hat * c1 - c2)
+    du = rstd * (g - x_hat * mean_of(g * x_hat) - (0.0 if terms.rms else mean_of(g)))
+    dh = dh + du * before
+    dgate_input = None
+    if terms.gate_input is not None:
+        dgate_input = (dz * y if terms.norm_before_gate else du * h) * dsilu
     wanted = {
         "x": (case.x, dh * gate * keep),
         "weight": (case.weight, dy * x_hat),
@@ -326,8 +384,9 @@ def oracle(case: Case) -> dict[str, np.ndarray]:
         "gate": (terms.gate, dh * keep * x),
         "scale": (terms.scale, dz * y),
         "shift": (terms.shift, dz),
+        "gate_input": (terms.gate_input, dgate_input),
     }
-    result = {"y": y * (1 + scale) + shift} | ({} if terms.dh is None else {"h": h})
+    result = {"y": (y * (1 + scale) + shift) * after} | ({} if terms.dh is None else {"h": h})
     return result | {
         f"d{name}": _sum_to(value, tensor.shape)
         for name, (tensor, value) in wanted.items()

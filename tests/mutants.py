@@ -24,6 +24,8 @@ DROPOUT = "tests/test_dropout.py"
 TERMS = "tests/test_terms.py"
 USES = f"{TERMS}::test_uses"
 CUDA = "tests/test_cuda.py"
+GATED = "tests/test_gated.py"
+MAMBA = f"{GATED}::test_formula_of_mamba"
 GUARDS = f"{LAYOUTS}::test_nothing_outside_the_tensors_is_read_or_written"
 
 
@@ -253,6 +255,101 @@ MUTANTS = (
         "first_chunk = tl.program_id(0) * 0",
         ACCURACY,
         "[12288-torch.float32",
+    ),
+    # The gated norm.
+    Mutant("SiLU without its factor", "tile.py", "gate * tl.sigmoid", "tl.sigmoid", MAMBA),
+    Mutant(
+        "gate always last",
+        "gated.py",
+        "stream = Stream(x, absent, no_term, Dropout(None, None, None), gate if GATE_FIRST",
+        "stream = Stream(x, absent, no_term, Dropout(None, None, None), absent if GATE_FIRST",
+        MAMBA,
+    ),
+    Mutant("first group of x for all", "gated.py", "Rows(x_ptr + group * N", "Rows(x_ptr", MAMBA),
+    Mutant(
+        "first group's weight for all",
+        "gated.py",
+        "weight = weight_ptr + group * N",
+        "weight = weight_ptr",
+        MAMBA,
+    ),
+    Mutant(
+        "first group's weight for all, backward",
+        "gated.py",
+        "weights += (load_parameter(weight_ptr + group * N,",
+        "weights += (load_parameter(weight_ptr,",
+        MAMBA,
+    ),
+    Mutant(
+        "first group's statistics for all",
+        "gated.py",
+        "tile = Tile(rows * GROUPS + group, end * GROUPS, None, first_chunk)",
+        "tile = Tile(rows * GROUPS, end * GROUPS, None, first_chunk)",
+        MAMBA,
+    ),
+    Mutant(
+        "partial sums of all groups in one place",
+        "gated.py",
+        "partial = (program * GROUPS + group) * N",
+        "partial = program * GROUPS * N",
+        MAMBA,
+    ),
+    Mutant(
+        "derivative of the SiLU without its second part",
+        "gated.py",
+        "dsilu = sigmoid + silu * (1.0 - sigmoid)",
+        "dsilu = sigmoid",
+        MAMBA,
+    ),
+    Mutant("gate first: dx is du", "gated.py", "            du *= first\n", "", MAMBA),
+    Mutant(
+        "gate first: dgate from the product",
+        "gated.py",
+        "return x_hat, dy, g, silu, x * dsilu",
+        "return x_hat, dy, g, silu, h * dsilu",
+        MAMBA,
+    ),
+    Mutant(
+        "gate last: dgate without the bias",
+        "gated.py",
+        "y += parameters.biases[i].to(C.COMPUTE)",
+        "y += 0.0",
+        MAMBA,
+    ),
+    Mutant(
+        "gated: dweight of x_hat as it was before it was rounded",
+        "gated.py",
+        "dy * rounded(x_hat, C.X_HAT_DTYPE),)",
+        "dy * x_hat,)",
+        f"{GATED}::test_rounded_x_hat",
+    ),
+    Mutant(
+        "gated: last row of a program dropped",
+        "gated.py",
+        "end = tl.minimum(start + rows_per_program, M)",
+        "end = tl.minimum(start + rows_per_program, M) - 1",
+        MAMBA,
+    ),
+    Mutant(
+        "gated: rows after the last one written",
+        "gated.py",
+        "tile = Tile(rows * GROUPS + group, M * GROUPS, None, 0)",
+        "tile = Tile(rows * GROUPS + group, (M + 1) * GROUPS, None, 0)",
+        f"{GATED}::test_nothing_outside_the_tensors_is_read_or_written",
+    ),
+    Mutant(
+        "gated: split group: c1 not divided by N",
+        "gated.py",
+        "tl.store(c1_ptr + places[:, None], c1)",
+        "tl.store(c1_ptr + places[:, None], c1 * N)",
+        f"{GATED}::test_nothing_outside_the_tensors_is_read_or_written",
+    ),
+    Mutant(
+        "gated: second reading takes the first chunk's weight",
+        "gated.py",
+        "_load_chunk(streams, parameters, i, chunk, GATE_FIRST, C)\n            du =",
+        "_load_chunk(streams, parameters, 0, chunk, GATE_FIRST, C)\n            du =",
+        f"{GATED}::test_nothing_outside_the_tensors_is_read_or_written",
     ),
     # The other terms, forward.
     Mutant(

@@ -6,11 +6,12 @@ import contextlib
 import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import sys
 import sysconfig
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,6 +20,7 @@ import pytest
 import torch
 from helpers import BACKENDS, DEVICE, INTERPRETED, make_case, run
 from spies import kernels_of_package, record_launches
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fusednorm
@@ -76,16 +78,15 @@ def _python(code: str, **environment: str) -> list[str]:
 def test_auto_on_the_cpu() -> None:
     """Torch: the interpreter is for tests, and slow."""
     x = torch.empty(2, 8)
-    assert backends.explain(x) == ON_CPU
-    assert str(backends.explain(x)) == f"{ON_CPU.backend}: {ON_CPU.reason}"
-    assert backends.select(x) == ON_CPU.backend
+    assert backends.choose(x) == ON_CPU
+    assert str(backends.choose(x)) == f"{ON_CPU.backend}: {ON_CPU.reason}"
 
 
 @needs_extension
 def test_auto_on_the_cpu_where_torch_takes_several_operators() -> None:
     """The compiled kernels, whoever sees the operators, but for a compiler that fuses them."""
     x, w = torch.randn(3, 8), torch.rand(8, requires_grad=True)
-    assert backends.explain(x, plain=False) == ALL_ELSE_ON_CPU
+    assert backends.choose(x, plain=False) == ALL_ELSE_ON_CPU
     for y in (
         fusednorm.rms_norm(x, 8, w),
         fusednorm.add_layer_norm(x, x, 8, w)[0],
@@ -93,7 +94,7 @@ def test_auto_on_the_cpu_where_torch_takes_several_operators() -> None:
     ):
         assert y.grad_fn.name() == "LayerNormFunctionBackward"
     with FakeTensorMode():
-        assert backends.select(torch.empty(1), plain=False) == "cpu"
+        assert backends.choose(torch.empty(1), plain=False).backend == "cpu"
 
 
 def _without_extension(detection: pytest.MonkeyPatch) -> None:
@@ -129,9 +130,8 @@ def test_auto_on_the_cpu_without_the_extension(detection: pytest.MonkeyPatch) ->
     """Torch's operator runs all the same, and a request says what is missing."""
     _without_extension(detection)
     x = torch.randn(2, 8)
-    assert backends.explain(x) == ON_CPU
-    assert backends.select(x) == "torch"
-    assert backends.explain(x, plain=False) == Choice("torch", NOT_BUILT)
+    assert backends.choose(x) == ON_CPU
+    assert backends.choose(x, plain=False) == Choice("torch", NOT_BUILT)
     assert "cpu" not in backends.available()
     assert torch.equal(fusednorm.layer_norm(x, 8), torch.nn.functional.layer_norm(x, (8,)))
     expected = f"got 'cpu': {re.escape(NOT_BUILT)}$"
@@ -143,8 +143,7 @@ def test_auto_on_an_unknown_device_is_torch() -> None:
     """The kernels are for cuda; other devices keep torch's operator, and the reason says so."""
     x = torch.empty(2, 8, device="meta")
     reason = "the kernels are built for cuda devices, not meta"
-    assert backends.explain(x) == Choice("torch", reason)
-    assert backends.select(x) == "torch"
+    assert backends.choose(x) == Choice("torch", reason)
     assert fusednorm.layer_norm(x, 8).is_meta
 
 
@@ -166,8 +165,7 @@ def test_auto_on_cuda(
     detection.setattr(torch.version, "hip", hip)
     detection.setattr(backends, "_driver_missing", lambda: None)
     x = _cuda_tensor()
-    assert backends.explain(x) == expected
-    assert backends.select(x) == expected.backend
+    assert backends.choose(x) == expected
 
 
 def test_triton_is_available_here() -> None:
@@ -194,7 +192,7 @@ def test_triton_that_is_too_old(detection: pytest.MonkeyPatch) -> None:
     _pretend(detection, old)
     assert backends.available() == _without_triton()
     reason = "triton 3.5.1 is older than 3.6"
-    assert backends.explain(_cuda_tensor()) == Choice("torch", reason)
+    assert backends.choose(_cuda_tensor()) == Choice("torch", reason)
     with pytest.raises(ValueError, match=f"got 'triton': {reason}$"), backends.use("triton"):
         pytest.fail("entered")
 
@@ -225,7 +223,7 @@ def test_triton_that_does_not_import(detection: pytest.MonkeyPatch) -> None:
     detection.setattr(sys, "meta_path", [_Broken(), *sys.meta_path])
     assert backends.available() == _without_triton()
     reason = "triton does not import: libtriton.so is missing"
-    assert backends.explain(_cuda_tensor()) == Choice("torch", reason)
+    assert backends.choose(_cuda_tensor()) == Choice("torch", reason)
 
 
 ALONE = """
@@ -238,8 +236,8 @@ assert x.grad is not None and norm.weight.grad is not None
 expected = torch.nn.functional.layer_norm(x, (8,))
 torch.testing.assert_close(fusednorm.layer_norm(x, 8), expected)
 print(backends.available())
-print(backends.explain(x))
-print(backends.explain(x.to("meta")))
+print(backends.choose(x))
+print(backends.choose(x.to("meta")))
 for name in ("triton", "cpu"):
     try:
         with backends.use(name):
@@ -263,31 +261,110 @@ def test_torch_alone() -> None:
     ]
 
 
-def test_extension_that_does_not_load(detection: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A broken one, built for another torch say, is told apart from none, and breaks nothing."""
-    broken = tmp_path / "_C.abi3.so"
-    broken.write_bytes(b"not a library")
-    spec = importlib.util.spec_from_file_location("fusednorm._C", broken)
-    find_spec = importlib.util.find_spec
-
-    def load(name: str) -> ModuleType:
-        assert name == "fusednorm._C"
-        assert spec is not None
-        return importlib.util.module_from_spec(spec)
-
-    detection.setattr(
-        importlib.util,
-        "find_spec",
-        lambda name, *args: spec if name == "fusednorm._C" else find_spec(name, *args),
+@pytest.mark.parametrize(
+    ("content", "built"),
+    [
+        (b"\0built with torch 2.10.0 for linux-aarch64, compiler 12\0", "torch 2.10.0 for linux-a"),
+        (b"not a library", "nobody knows what"),
+    ],
+)
+def test_extension_that_does_not_load(tmp_path: Path, content: bytes, built: str) -> None:
+    """The import ends with one line that says for what it was built, and what is here."""
+    package = tmp_path / "fusednorm"
+    shutil.copytree(Path(fusednorm.__file__).parent, package)
+    for extension in package.glob("_C.*"):
+        extension.unlink()
+    (package / "_C.abi3.so").write_bytes(content)
+    code = f"""
+import sys
+sys.path.insert(0, {str(tmp_path)!r})
+sys.meta_path[:] = [one for one in sys.meta_path if "Editable" not in str(one)]
+try:
+    import fusednorm
+except ImportError as error:
+    print(error)
+    assert "fusednorm" not in sys.modules
+"""
+    [line] = _python(code)
+    assert line.startswith(
+        f"fusednorm {fusednorm.__version__}: the compiled extension does not load: {package}"
     )
-    detection.setattr(importlib, "import_module", load)
-    reason = backends.extension_missing()
-    assert reason is not None
-    assert reason.startswith("the compiled extension does not load: ")
-    assert str(broken) in reason
-    assert f"on {sysconfig.get_platform()} with torch {torch.__version__}" in reason
-    assert "from a wheel for cp310-abi3-" in reason or "from no wheel" in reason
-    assert fusednorm.layer_norm(torch.randn(2, 8), 8).shape == (2, 8)
+    assert f"it was built with {built}" in line
+    assert line.endswith(f"this is torch {torch.__version__} for {sysconfig.get_platform()}")
+
+
+# What ran
+
+
+def _calls() -> dict[str, Callable[[Tensor], object]]:
+    """Return a call of each function that users have, by its name."""
+    return {
+        "layer_norm": lambda x: fusednorm.layer_norm(x, 8),
+        "rms_norm": lambda x: fusednorm.rms_norm(x, 8),
+        "add_layer_norm": lambda x: fusednorm.add_layer_norm(x, x, 8),
+        "add_rms_norm": lambda x: fusednorm.add_rms_norm(x, x, 8),
+        "modulated_layer_norm": lambda x: fusednorm.modulated_layer_norm(x, 8, x[0], None),
+    }
+
+
+@needs_extension
+@pytest.mark.parametrize("op", _calls())
+def test_explain_says_what_ran(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of each call, on the short ways and on the long one: who was called is counted."""
+    counts = dict.fromkeys(("cpu", "torch"), 0)
+
+    def count(backend: str, run: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*arguments: Any, **named: Any) -> Any:
+            counts[backend] += 1
+            return run(*arguments, **named)
+
+        return counted
+
+    compiled = backends.launchers("cpu")
+    spied = compiled._replace(forward=count("cpu", compiled.forward))
+    absent = backends._TABLE["cpu"]._replace(launchers=lambda: spied)
+    monkeypatch.setitem(backends._TABLE, "cpu", absent)
+    monkeypatch.setattr(torch, "layer_norm", count("torch", torch.layer_norm))
+    monkeypatch.setattr(torch, "rms_norm", count("torch", torch.rms_norm))
+    call = _calls()[op]
+    for x in (torch.randn(2, 8), torch.randn(8, 2).T, torch.randn(2, 8, requires_grad=True)):
+        for scope in (contextlib.nullcontext(), backends.use("cpu")):
+            before = dict(counts)
+            with scope, backends.explain() as ran:
+                call(x)
+            assert [one.op for one in ran] == [op]
+            called = [name for name in counts if counts[name] > before[name]]
+            assert called == [ran[0].backend]
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace. is:DeprecationWarning")
+def test_explain_where_somebody_looks() -> None:
+    """A transform, a tracer and a mode see other things, and the answer says which."""
+    x = torch.randn(2, 8)
+    norm = _calls()["add_layer_norm"]
+    with backends.explain() as ran:
+        torch.func.vmap(lambda x: fusednorm.add_layer_norm(x, x, 8)[0])(x)
+        torch.jit.trace(lambda x: fusednorm.add_layer_norm(x, x, 8)[0], x, check_trace=False)
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            norm(x)
+    reasons = [call.reason for call in ran]
+    assert reasons[0] == "a transform differentiates or batches plain torch"
+    assert "a tracer records torch's operators" in reasons[1:3] or NOT_BUILT in reasons[1:3]
+    assert reasons[-1].startswith("as an operator: ") or reasons[-1] == NOT_BUILT
+
+
+def test_explain_nests_and_ends_with_an_exception() -> None:
+    """Each block has a list of its own, and none is left behind."""
+    x = torch.randn(2, 8)
+    with backends.explain() as outer:
+        with contextlib.suppress(KeyError), backends.explain() as inner:
+            fusednorm.layer_norm(x, 8)
+            raise KeyError
+        fusednorm.rms_norm(x, 8)
+    assert [call.op for call in inner] == ["layer_norm"]
+    assert [call.op for call in outer] == ["rms_norm"]
+    assert backends.listener is None
+    assert str(inner[0]) == f"layer_norm: torch, {ON_CPU.reason}"
 
 
 # Requests
@@ -297,11 +374,10 @@ def test_extension_that_does_not_load(detection: pytest.MonkeyPatch, tmp_path: P
 def test_a_request_is_in_force_inside_the_block_only(device: torch.device, backend: str) -> None:
     """Before and after, the choice is automatic."""
     x = torch.empty(2, 8, device=device)
-    before = backends.explain(x)
+    before = backends.choose(x)
     with backends.use(backend):
-        assert backends.explain(x) == Choice(backend, REQUESTED)
-        assert backends.select(x) == backend
-    assert backends.explain(x) == before
+        assert backends.choose(x) == Choice(backend, REQUESTED)
+    assert backends.choose(x) == before
 
 
 def test_requests_nest(device: torch.device) -> None:
@@ -311,33 +387,33 @@ def test_requests_nest(device: torch.device) -> None:
     with backends.use("torch"):
         with backends.use("triton"):
             with backends.use("torch"):
-                seen.append(backends.select(x))
-            seen.append(backends.select(x))
-        seen.append(backends.select(x))
+                seen.append(backends.choose(x).backend)
+            seen.append(backends.choose(x).backend)
+        seen.append(backends.choose(x).backend)
     assert seen == ["torch", "triton", "torch"]
 
 
 def test_a_request_ends_with_an_exception(device: torch.device) -> None:
     """An error inside passes through and leaves no request behind."""
     x = torch.empty(2, 8, device=device)
-    before = backends.explain(x)
+    before = backends.choose(x)
     with (
         backends.use("torch"),
         contextlib.suppress(KeyError),
         backends.use("triton"),
     ):
         raise KeyError
-    assert backends.explain(x) == before
+    assert backends.choose(x) == before
     with pytest.raises(KeyError), backends.use("triton"):
         raise KeyError
-    assert backends.explain(x) == before
+    assert backends.choose(x) == before
 
 
 def test_a_request_reaches_every_thread(device: torch.device) -> None:
     """Autograd and data loaders run in threads of their own."""
     x, seen = torch.empty(2, 8, device=device), list[Choice]()
     with backends.use("triton"):
-        thread = threading.Thread(target=lambda: seen.append(backends.explain(x)))
+        thread = threading.Thread(target=lambda: seen.append(backends.choose(x)))
         thread.start()
         thread.join()
     assert seen == [Choice("triton", REQUESTED)]
@@ -348,7 +424,7 @@ def test_a_request_as_a_decorator(device: torch.device) -> None:
 
     @backends.use("triton")
     def chosen() -> str:
-        return backends.select(torch.empty(2, 8, device=device))
+        return backends.choose(torch.empty(2, 8, device=device)).backend
 
     assert (chosen(), chosen()) == ("triton", "triton")
 
@@ -356,7 +432,7 @@ def test_a_request_as_a_decorator(device: torch.device) -> None:
 def test_a_choice_cannot_be_changed() -> None:
     """It is an answer, not a setting."""
     with pytest.raises(AttributeError):
-        backends.explain(torch.empty(1)).backend = "triton"  # type: ignore[misc]
+        backends.choose(torch.empty(1)).backend = "triton"  # type: ignore[misc]
 
 
 ENVIRONMENT = """
@@ -365,7 +441,7 @@ from fusednorm import backends, ops
 x = torch.randn(2, 8)
 for device in ("cpu", "meta"):
     try:
-        print(backends.explain(x.to(device)))
+        print(backends.choose(x.to(device)))
     except ValueError as error:
         print(error)
 try:
@@ -374,7 +450,7 @@ try:
 except ValueError as error:
     print(error)
 with backends.use("torch"):
-    print(backends.explain(x))
+    print(backends.choose(x))
 """
 
 
@@ -421,7 +497,7 @@ def test_environment_without_a_request(monkeypatch: pytest.MonkeyPatch, value: s
     else:
         monkeypatch.setenv("FUSEDNORM_BACKEND", value)
     backends._read_environment()
-    assert backends.explain(torch.empty(1)) == ON_CPU
+    assert backends.choose(torch.empty(1)) == ON_CPU
 
 
 # What runs

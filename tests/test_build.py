@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
 import re
 import subprocess
+import sys
+import tarfile
 import venv
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import setuptools
@@ -211,6 +214,83 @@ def test_what_an_isolated_build_installs(
     done = build("-c", ask, **given)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == str(expected)
+
+
+@pytest.fixture
+def toolchain(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """toolchain.py, where torch has no CUDA."""
+    spec = importlib.util.spec_from_file_location("toolchain", ROOT / "toolchain.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "find_torch", lambda: module.Torch(ROOT, "2.13.0", None))
+    monkeypatch.setenv("FUSEDNORM_BUILD", "auto")
+    return module
+
+
+def test_on_windows(
+    toolchain: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No kernels and nothing to install for them; who asks for them is told what to set."""
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert toolchain.choose() is None
+    why = "no kernels are built on Windows, they are written for GCC and Clang"
+    said = capsys.readouterr().err
+    assert said == f"fusednorm: building none (FUSEDNORM_BUILD=auto): {why}\n"
+    assert toolchain.requirements() == []
+    monkeypatch.setenv("FUSEDNORM_BUILD", "cpu")
+    with pytest.raises(SystemExit) as stopped:
+        toolchain.choose()
+    assert stopped.value.code == f"FUSEDNORM_BUILD=cpu: {why}; set FUSEDNORM_BUILD=none"
+
+
+def test_on_macos(
+    toolchain: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Those for the CPU; torch has no CUDA there."""
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert toolchain.choose() is not None
+    said = capsys.readouterr().err
+    assert said.startswith("fusednorm: building cpu (FUSEDNORM_BUILD=auto): torch 2.13.0 and a C++")
+    assert said.endswith("no CUDA kernels: torch 2.13.0 has no CUDA\n")
+
+
+@pytest.mark.parametrize(
+    ("where", "levels"),
+    [
+        ("linux-x86_64", 3),
+        ("linux-aarch64", 0),
+        ("macosx-11.0-arm64", 0),
+        ("macosx-11-universal2", 0),
+    ],
+)
+def test_levels_are_those_of_the_platform(build: Build, where: str, levels: int) -> None:
+    """A build for another processor has the portable kernels, and no word of the rest."""
+    ask = (
+        "import setup, toolchain; "
+        "made = setup.extension(toolchain.find_torch(), []); "
+        "print(sum('/avx' in source for source in made.sources), "
+        "('FUSEDNORM_X86', None) in made.define_macros)"
+    )
+    done = build("-c", ask, _PYTHON_HOST_PLATFORM=where)
+    assert done.stdout.split() == [str(levels), str(levels > 0)], done.stderr
+
+
+def test_the_sdist_is_the_same_everywhere(build: Build, tmp_path: Path) -> None:
+    """Without a local version, which every wheel that is made of it would have, and with csrc."""
+    done = build("setup.py", "sdist", cuda="13.0", nvcc="13.0", FUSEDNORM_BUILD="cuda")
+    assert done.returncode == 0, done.stderr
+    [sdist] = (tmp_path / "tree" / "dist").glob("*")
+    assert sdist.name == f"fusednorm-{VERSION}.tar.gz"
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+        said = archive.extractfile(f"fusednorm-{VERSION}/setup.cfg")
+        assert said is not None
+        assert b"cu130" not in said.read()
+    sources = [path for end in ("cpp", "cu", "h") for path in (ROOT / "csrc").rglob(f"*.{end}")]
+    needed = {path.relative_to(ROOT).as_posix() for path in sources}
+    assert needed | {"setup.py", "toolchain.py", "pyproject.toml"} <= names
 
 
 def test_what_is_compiled_and_how(build: Build, tmp_path: Path) -> None:

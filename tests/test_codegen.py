@@ -28,6 +28,7 @@ READ = ("ld", "async")
 ACTIVATIONS = {
     **{"x": READ, "residual": READ, "dz": READ, "dh": READ},
     **{"z": ("st",), "dx": ("st",), "dresidual": ("st",), "h": (*READ, "st")},
+    **{"gate_input": READ, "dgate_input": ("st",)},
 }
 
 Entry = dict[str, Any]
@@ -74,7 +75,7 @@ def planted(report: list[Entry], fault: str) -> list[Entry]:
 
 def main_backward(entries: Iterable[Entry]) -> list[Entry]:
     """Return the persistent backward kernels."""
-    return [e for e in entries if e["kernel"] == "layer_norm_bwd_kernel"]
+    return [e for e in entries if e["kernel"].endswith("_norm_bwd_kernel")]
 
 
 def spill(entry: Entry) -> str:
@@ -111,7 +112,8 @@ def synchronous(entry: Entry) -> str:
         widths = entry["accesses"][name].get("async", {})
         return any(int(width) >= entry["vector_bytes"] for width in widths)
 
-    waits = [name for name in ("h", "dz") if not asynchronous(name)]
+    fetched = ("x", "gate_input", "dz") if entry["kernel"].startswith("gated") else ("h", "dz")
+    waits = [name for name in fetched if not asynchronous(name)]
     if "LDGSTS" not in entry["machine"]:
         waits.append("no LDGSTS")
     return ", ".join(waits)
@@ -154,6 +156,9 @@ def test_every_kernel_and_form_is_compiled(rungs: list[Entry], arch: str) -> Non
         "layer_norm_bwd_kernel",
         "layer_norm_bwd_sums_kernel",
         "layer_norm_bwd_finalize_kernel",
+        "gated_norm_fwd_kernel",
+        "gated_norm_bwd_kernel",
+        *(("gated_norm_bwd_sums_kernel",) if arch == "sm_90" else ()),
     }
     assert {e["dtype"] for e in entries} >= {"bfloat16", "float32", "float64"}
     forms = {e["constants"]["FORM"] for e in main_backward(entries)}

@@ -60,7 +60,7 @@ def test_forward_and_backward(shape: tuple[int, ...], kind: str, backend: str | 
     for name, call in _calls(shape[-1]).items():
         x = torch.zeros(shape, device=DEVICE, requires_grad=True)
         term = torch.zeros(size, device=DEVICE, requires_grad=True)
-        with backends.use(backend or backends.explain(x, plain=False).backend):
+        with backends.use(backend or backends.choose(x, plain=False).backend):
             results = call(x, term)
             results = results if isinstance(results, tuple) else (results,)
             assert [result.shape for result in results] == [x.shape] * len(results), name

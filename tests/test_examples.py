@@ -200,7 +200,7 @@ def test_fused_adaln_trains_as_the_plain_one(
     options = f"{TINY_MODEL} --lr 1e-2 --device {device} --steps {STEPS}"
     assert adaln.main(options.split()) == 0
     output = capsys.readouterr().out
-    assert f"{backend}: requested by backends.use" in output
+    assert f"{backend}, requested by backends.use" in output
     _, *losses = zip(*printed_curves(output), strict=True)
     for first, *_, third_last, second_last, last in losses:
         # The last layer starts at zero: so does the prediction of noise whose mean square is 1.

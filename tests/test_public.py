@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from pathlib import Path
 
@@ -39,9 +40,13 @@ def test_schemas() -> None:
 
 def test_environment() -> None:
     """Each variable that the package or its build names stands on the page, and no other."""
-    sources = [*(ROOT / "fusednorm").glob("*.py"), *(ROOT / "triton_kernels").glob("*.py")]
-    sources += [ROOT / "setup.py", ROOT / "toolchain.py"]
+    sources = [ROOT / "setup.py", ROOT / "toolchain.py"]
+    for package in ("fusednorm", "fusednorm.triton_kernels"):
+        found = importlib.util.find_spec(package)
+        assert found is not None
+        for folder in found.submodule_search_locations or ():
+            sources += Path(folder).glob("*.py")
     text = "".join(source.read_text() for source in sources)
-    macros = {"FUSEDNORM_CUDA", "FUSEDNORM_BUILT"}
+    macros = {"FUSEDNORM_CUDA", "FUSEDNORM_X", "FUSEDNORM_BUILT"}
     named = set(re.findall(r"FUSEDNORM_[A-Z]+", text)) - macros
     assert named == set(re.findall(r"FUSEDNORM_[A-Z]+", block("variables")))

@@ -6,12 +6,19 @@ import importlib
 import json
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
 
 import fusednorm
 from fusednorm import __main__, _version, backends
+
+
+def serving() -> set[str]:
+    """Return what runs on the CPU, all of which is checked."""
+    cpu = torch.device("cpu")
+    return {name for name in backends.available() if backends.serves(name, cpu)}
 
 
 def test_as_json() -> None:
@@ -28,6 +35,8 @@ def test_as_json() -> None:
         assert set(device) == {"device", "runs", "self-check"}
         for check in device["self-check"]:
             assert 0 < check["error"] <= check["allowed"]
+    checked = {check["backend"] for check in report["devices"][0]["self-check"]}
+    assert checked == serving()
 
 
 def test_as_text(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -37,7 +46,8 @@ def test_as_text(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyP
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"fusednorm {fusednorm.__version__}"
     assert any(line.startswith("variables") and "FUSEDNORM_SOMETHING=7" in line for line in lines)
-    assert sum(line.endswith(": ok") for line in lines) == 3 * (1 + torch.cuda.device_count())
+    if not torch.cuda.is_available():
+        assert sum(line.endswith(": ok") for line in lines) == 3 * len(serving())
 
 
 def test_wrong_result(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,11 +66,30 @@ def test_device_that_nothing_serves(
     def fail(*arguments: object, **named: object) -> backends.Choice:
         raise ValueError("FUSEDNORM_BACKEND: expected something else")
 
-    monkeypatch.setattr(backends, "explain", fail)
+    monkeypatch.setattr(backends, "choose", fail)
     assert __main__.main(["--json"]) == 1
     report = json.loads(capsys.readouterr().out)
     expected = "ValueError: FUSEDNORM_BACKEND: expected something else"
     assert report["devices"][0]["error"] == expected
+
+
+@pytest.mark.parametrize("backend", sorted(serving()))
+def test_wrong_kernels(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, backend: str
+) -> None:
+    """Those of any backend, not only of the one that a plain layer norm takes."""
+    right = fusednorm.layer_norm
+
+    def wrong(x: torch.Tensor, *rest: Any) -> torch.Tensor:
+        with backends.explain() as ran:
+            y = right(x, *rest)
+        return y + (1e-2 if ran[0].backend == backend else 0.0)
+
+    monkeypatch.setattr(fusednorm, "layer_norm", wrong)
+    assert __main__.main(["--json"]) == 1
+    [cpu, *_] = json.loads(capsys.readouterr().out)["devices"]
+    failed = {one["backend"] for one in cpu["self-check"] if one["error"] > one["allowed"]}
+    assert failed == {backend}
 
 
 @pytest.mark.skipif(backends.extension_missing() is not None, reason="there is no extension")

@@ -55,7 +55,14 @@ USES: dict[str, dict[str, Any]] = {
         **{"residual": True, "dropout_p": P, "gate": "scalar", "rms": True},
         **{"scale": "scalar", "shift": "scalar"},
     },
+    "gated LayerNorm": {"gated": "last"},
+    "gated RMSNorm": {"gated": "last", "rms": True, "bias": False},
+    "gated LayerNorm in groups": {"gated": "last", "grouped": True},
+    "LayerNorm of the gated": {"gated": "first"},
+    "RMSNorm of the gated in groups": {"gated": "first", "rms": True, "grouped": True},
 }
+
+GATED = tuple(name for name, use in USES.items() if "gated" in use)
 
 # The same terms in the order of the equation; pairs are taken of different ones.
 TERMS: dict[str, dict[str, Any]] = {
@@ -140,7 +147,7 @@ def test_pairs(
 @pytest.mark.parametrize("rows", [1, 5])
 @pytest.mark.parametrize("cols", [40000])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("use", ["everything", "everything, RMS and scalars"])
+@pytest.mark.parametrize("use", ["everything", "everything, RMS and scalars", *GATED])
 def test_long_rows(
     kernels: torch.device,
     monkeypatch: pytest.MonkeyPatch,
@@ -181,6 +188,8 @@ ALONE: dict[str, dict[str, Any]] = {
 } | {
     "everything": USES["everything"],
     "everything, RMS and scalars": USES["everything, RMS and scalars"],
+    **{name: USES[name] for name in GATED},
+    "gate without parameters": {"gated": "last", "weight": False, "bias": False},
     "different samples": {
         "residual": True,
         "gate": "scalar",
@@ -192,7 +201,7 @@ ALONE: dict[str, dict[str, Any]] = {
 
 def problem(device: torch.device, use: dict[str, Any]) -> tuple[Callable[..., Any], Inputs]:
     """Return a function of all the float64 inputs of a use, and those inputs as leaves."""
-    case = make((2, 3), 5, torch.float64, device, use)
+    case = make((2, 3), 6 if "gated" in use else 5, torch.float64, device, use)
     terms = case.terms or Terms()
     given = {"x": case.x, "weight": case.weight, "bias": case.bias}
     given |= {name: getattr(terms, name) for name in DIFFERENTIABLE_TERMS}
@@ -209,6 +218,12 @@ def problem(device: torch.device, use: dict[str, Any]) -> tuple[Callable[..., An
     return function, inputs
 
 
+def outputs(function: Callable[..., Any], inputs: Inputs) -> tuple[Tensor, ...]:
+    """Return what a function of a problem returns, as a tuple."""
+    result = function(*inputs.values())
+    return result if isinstance(result, tuple) else (result,)
+
+
 @pytest.mark.parametrize("use", ALONE.values(), ids=ALONE)
 def test_gradcheck(kernels: torch.device, use: dict[str, Any]) -> None:
     """Backward of every term agrees with finite differences, in every input at once."""
@@ -223,14 +238,16 @@ def test_gradgradcheck(kernels: torch.device, use: dict[str, Any]) -> None:
     assert torch.autograd.gradgradcheck(function, tuple(inputs.values()), fast_mode=True)
 
 
-@pytest.mark.parametrize("use", ["everything", "everything, RMS and scalars", "different samples"])
+@pytest.mark.parametrize(
+    "use", ["everything", "everything, RMS and scalars", "different samples", *GATED]
+)
 def test_frozen_inputs(kernels: torch.device, use: str) -> None:
     """Every input that needs a gradient alone gets the one it has among all."""
     function, inputs = problem(kernels, ALONE[use])
-    gradients = [torch.randn_like(output) for output in function(*inputs.values())]
+    gradients = [torch.randn_like(output) for output in outputs(function, inputs)]
 
     def grads(needed: Inputs) -> list[Tensor]:
-        return torch.autograd.grad(function(*inputs.values()), list(needed.values()), gradients)
+        return torch.autograd.grad(outputs(function, inputs), list(needed.values()), gradients)
 
     together = dict(zip(inputs, grads(inputs), strict=True))
     for name, tensor in inputs.items():
@@ -255,7 +272,9 @@ def test_unused_output(kernels: torch.device, use: str, output: int) -> None:
         torch.testing.assert_close(torch.zeros_like(other) if gradient is None else gradient, other)
 
 
-@pytest.mark.parametrize("use", ["everything", "AdaLN-Zero", "LayerScale", "zero-centred weight"])
+@pytest.mark.parametrize(
+    "use", ["everything", "AdaLN-Zero", "LayerScale", "zero-centred weight", *GATED]
+)
 def test_transforms(kernels: torch.device, use: str) -> None:
     """Forward mode, nested, and vmap over every input give what the unfused form gives."""
     options = {name: value for name, value in USES[use].items() if name != "dropout_p"}

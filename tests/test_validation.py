@@ -337,7 +337,7 @@ def test_unknown_backend(name: Any) -> None:
 
         message = _message(ValueError, enter)
         assert message == f"backends.use: expected one of triton, cuda, cpu, torch, got {name!r}"
-        assert backends.explain(_ones(1)).reason == "requested by backends.use"
+        assert backends.choose(_ones(1)).reason == "requested by backends.use"
 
 
 def test_backend_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -354,7 +354,7 @@ def test_backend_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
         "backends.use: expected an installed backend, got 'triton': triton is on holiday"
     )
     with backends.use("torch"):
-        assert backends.explain(_ones(1)).backend == "torch"
+        assert backends.choose(_ones(1)).backend == "torch"
 
 
 def test_request_that_does_not_serve_the_device() -> None:
@@ -362,7 +362,7 @@ def test_request_that_does_not_serve_the_device() -> None:
     x, weight = _ones(2, 4, device="meta"), _ones(4, device="meta")
     expected = UNFIT + "meta: the kernels are built for cuda devices, not meta"
     with backends.use("triton"):
-        assert _message(ValueError, lambda: backends.explain(x)) == expected
+        assert _message(ValueError, lambda: backends.choose(x)) == expected
         assert _message(ValueError, lambda: fusednorm.layer_norm(x, 4, weight)) == expected
 
 
@@ -377,14 +377,6 @@ def test_request_without_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> Non
     finally:
         backends._triton_unfit.cache_clear()
     assert message == UNFIT + "cpu: cpu tensors need Triton's interpreter (TRITON_INTERPRET=1)"
-
-
-@pytest.mark.parametrize(("value", "name"), [(None, "NoneType"), ("cuda", "str"), (1, "int")])
-def test_explain_of_no_tensor(value: Any, name: str) -> None:
-    """A device's name is no tensor either."""
-    assert _message(TypeError, lambda: backends.explain(value)) == (
-        f"explain: expected a Tensor, got {name}"
-    )
 
 
 def test_unknown_backend_in_the_environment() -> None:

@@ -29,6 +29,7 @@ from fusednorm.triton_kernels.config import Architecture
 SAMPLES, ROWS, COLS = 8, 1024, 4096
 DTYPE = torch.bfloat16
 PROCESSORS = 132
+_CHOICE = backends.Choice("triton", "it is counted")
 _H200 = Architecture(warp_size=32, processors=PROCESSORS, shared_bytes=232448, registers=65536)
 
 USES: dict[str, dict[str, Any]] = {
@@ -46,6 +47,8 @@ USES: dict[str, dict[str, Any]] = {
         **{"residual": True, "gate": "sampled", "scale": "sampled", "shift": "sampled"},
         "weight": False,
     },
+    "gated RMSNorm": {"rms": True, "gated": "last"},
+    "RMSNorm of the gated": {"rms": True, "gated": "first"},
 }
 
 
@@ -74,6 +77,8 @@ def _case(use: dict[str, Any]) -> Case:
             residual=_meta(*x.shape) if "residual" in use else None,
             dropout_p=0.1 if "dropout" in use else 0.0,
             dh=x.detach() if stream or ("scale" in use and "rms" in use) else None,
+            gate_input=_meta(*x.shape) if "gated" in use else None,
+            norm_before_gate=use.get("gated") != "first",
             **terms,
         )
         if use
@@ -133,7 +138,7 @@ def _kernels() -> Iterator[_CountLaunches]:
     with (
         pytest.MonkeyPatch.context() as patch,
         mock.patch.multiple(
-            backends, select=lambda tensor, *, plain: "triton", kernels=lambda device: "triton"
+            backends, choose=lambda tensor, *, plain: _CHOICE, kernels=lambda device: "triton"
         ),
         mock.patch.multiple(
             launch,
@@ -162,7 +167,9 @@ def _count(function: Callable[..., Any], counter: Any, use: dict[str, Any]) -> l
         if use.get("stream", True) is False:
             outputs = outputs[:1]
         named = (case.x, case.weight, case.bias, terms.residual, terms.gate, terms.scale)
-        leaves = [t for t in (*named, terms.shift) if t is not None and t.requires_grad]
+        leaves = [
+            t for t in (*named, terms.shift, terms.gate_input) if t is not None and t.requires_grad
+        ]
         torch.autograd.grad(outputs, leaves, [torch.empty_like(y) for y in outputs])
         backward = count.moved - forward
     return [total / math.prod(case.x.shape) for total in (forward, backward, sum(kept.values()))]

@@ -129,7 +129,7 @@ def _load_chunk(streams, factors, i, chunk, C: tl.constexpr):
 
 
 @triton.jit
-def _row_means(streams, g_x_hat, g_sum, C: tl.constexpr):
+def row_means(streams, g_x_hat, g_sum, C: tl.constexpr):
     """Return the [ROWS, 1] c1 and c2; RMS has no c2, c1 stands in its place."""
     if streams.mean is None:
         c1 = tl.sum(g_x_hat, axis=1) / C.N
@@ -140,7 +140,7 @@ def _row_means(streams, g_x_hat, g_sum, C: tl.constexpr):
 
 
 @triton.jit
-def _through_norm(streams, x_hat, g, c1, c2):
+def through_norm(streams, x_hat, g, c1, c2):
     """Return a chunk of what dresidual owes to dz."""
     if streams.mean is None:
         return streams.rstd * (g - x_hat * c1)
@@ -192,10 +192,10 @@ def _resident(streams, terms, sums, tile, C: tl.constexpr):
         dzs += (sums.dz[i] + dz,)
         x_hats += (x_hat,)
         gs += (g,)
-    c1, c2 = _row_means(streams, g_x_hat, g_sum, C)
+    c1, c2 = row_means(streams, g_x_hat, g_sum, C)
     dgates = ()
     for i in tl.static_range(C.CHUNKS):
-        dh = _through_norm(streams, x_hats[i], gs[i], c1, c2)
+        dh = through_norm(streams, x_hats[i], gs[i], c1, c2)
         dgates += (_store_chunk(streams, terms, sums.dgate[i], dh, tile, i, C),)
     return Sums(dz_x_hats, dzs, dgates)
 
@@ -215,11 +215,11 @@ def _reload(streams, terms, sums, tile, C: tl.constexpr):
             g_sum += g
         dz_x_hats += (sums.dz_x_hat[i] + dz * rounded(x_hat, C.X_HAT_DTYPE),)
         dzs += (sums.dz[i] + dz,)
-    c1, c2 = _row_means(streams, g_x_hat, g_sum, C)
+    c1, c2 = row_means(streams, g_x_hat, g_sum, C)
     dgates = ()
     for i in tl.static_range(C.CHUNKS):
         x_hat, dz, g = _load_chunk(streams, terms.factors, i, take_chunk(tile, i, C), C)
-        dh = _through_norm(streams, x_hat, g, c1, c2)
+        dh = through_norm(streams, x_hat, g, c1, c2)
         dgates += (_store_chunk(streams, terms, sums.dgate[i], dh, tile, i, C),)
     return Sums(dz_x_hats, dzs, dgates)
 
@@ -230,20 +230,20 @@ def _split(streams, terms, sums, c1, c2, tile, C: tl.constexpr):
     x_hat, dz, g = _load_chunk(streams, terms.factors, 0, take_chunk(tile, 0, C), C)
     dh = zeros(C)
     if c1 is not None:
-        dh = _through_norm(streams, x_hat, g, c1, c2)
+        dh = through_norm(streams, x_hat, g, c1, c2)
     dgate = _store_chunk(streams, terms, sums.dgate[0], dh, tile, 0, C)
     dz_x_hat = sums.dz_x_hat[0] + dz * rounded(x_hat, C.X_HAT_DTYPE)
     return Sums((dz_x_hat,), (sums.dz[0] + dz,), (dgate,))
 
 
 @triton.jit
-def _load_column(ptr, tile):
+def load_column(ptr, tile):
     """Return one number of each row, [ROWS, 1]."""
     return tl.load(ptr + tile.rows, mask=tile.rows < tile.end, other=0.0)[:, None]
 
 
 @triton.jit
-def _store_partial(ptr, offset, cols, sums, N: tl.constexpr):
+def store_partial(ptr, offset, cols, sums, N: tl.constexpr):
     """Store a chunk of the partial row at `offset`; nothing where `ptr` is None."""
     if ptr is not None:
         tl.store(ptr + offset + cols, tl.sum(sums, axis=0), mask=cols < N)
@@ -282,14 +282,14 @@ def layer_norm_bwd_sums_kernel(
     scale = Term(scale_ptr, scale_ptr if SCALE_SCALAR else None, scale_stride)
     mean = None
     if mean_ptr is not None:
-        mean = _load_column(mean_ptr, tile)
+        mean = load_column(mean_ptr, tile)
     streams = Streams(
         h=Rows(h_ptr, row_offsets(row, h_stride, H_VECTOR)),
         dz=Rows(dz_ptr, row_offsets(row, dz_stride, DZ_VECTOR)),
         dh=None,
         x=None,
         mean=mean,
-        rstd=_load_column(rstd_ptr, tile),
+        rstd=load_column(rstd_ptr, tile),
         dx=None,
         dresidual=None,
     )
@@ -303,7 +303,7 @@ def layer_norm_bwd_sums_kernel(
         x_hat, _, g = _load_chunk(streams, factors, 0, chunk, C)
         g_x_hat += g * x_hat
         g_sum += g
-    c1, c2 = _row_means(streams, g_x_hat, g_sum, C)
+    c1, c2 = row_means(streams, g_x_hat, g_sum, C)
     tl.store(c1_ptr + row[:, None], c1)
     if c2_ptr is not None:
         tl.store(c2_ptr + row[:, None], c2)
@@ -412,14 +412,14 @@ def layer_norm_bwd_kernel(
         tile = Tile(rows, end, samples, first_chunk)
         mean = None
         if mean_ptr is not None:
-            mean = _load_column(mean_ptr, tile)
+            mean = load_column(mean_ptr, tile)
         streams = Streams(
             h=Rows(h_ptr, row_offsets(rows, h_stride, H_VECTOR)),
             dz=Rows(dz_ptr, row_offsets(rows, dz_stride, DZ_VECTOR)),
             dh=Rows(dh_ptr, row_offsets(rows, dh_stride, DH_VECTOR)),
             x=Rows(x_ptr, row_offsets(rows, x_stride, X_VECTOR)),
             mean=mean,
-            rstd=_load_column(rstd_ptr, tile),
+            rstd=load_column(rstd_ptr, tile),
             dx=dx_ptr,
             dresidual=dresidual_ptr,
         )
@@ -433,17 +433,17 @@ def layer_norm_bwd_kernel(
             c1 = None
             c2 = None
             if c1_ptr is not None:
-                c1 = _load_column(c1_ptr, tile)
+                c1 = load_column(c1_ptr, tile)
             if c2_ptr is not None:
-                c2 = _load_column(c2_ptr, tile)
+                c2 = load_column(c2_ptr, tile)
             sums = _split(streams, terms, sums, c1, c2, tile, C)
 
     partial = program * N
     for i in tl.static_range(CHUNKS):
         cols = chunk_columns(first_chunk + i, BLOCK_N)
-        _store_partial(dz_x_hat_ptr, partial, cols, sums.dz_x_hat[i], N)
-        _store_partial(dz_sum_ptr, partial, cols, sums.dz[i], N)
-        _store_partial(dgate_ptr, partial, cols, sums.dgate[i], N)
+        store_partial(dz_x_hat_ptr, partial, cols, sums.dz_x_hat[i], N)
+        store_partial(dz_sum_ptr, partial, cols, sums.dz[i], N)
+        store_partial(dgate_ptr, partial, cols, sums.dgate[i], N)
 
 
 @triton.jit
@@ -720,7 +720,7 @@ def layer_norm_bwd(
             **launch.options(tile.num_warps, arch, config.programs_per_processor),
         )
         if any(gradient is not None for gradient in gradients[2:]):
-            _launch_finalize(gradients, partials, programs, weight, bias, terms, cols, arch)
+            launch_finalize(gradients, partials, programs, weight, bias, terms, cols, arch)
     return gradients
 
 
@@ -792,7 +792,7 @@ def _launch_sums(
     return c1, c2
 
 
-def _launch_finalize(
+def launch_finalize(
     gradients: Gradients,
     partials: tuple[torch.Tensor | None, ...],
     programs: int,

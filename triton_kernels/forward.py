@@ -30,6 +30,7 @@ from .tile import (
     load_term,
     rounded,
     row_offsets,
+    silu,
     store_rows,
     sum_chunks,
     sum_pair,
@@ -39,21 +40,23 @@ from .tile import (
 
 
 class Stream(NamedTuple):
-    """What h is made of."""
+    """What h is made of; `silu` is the rows of a gate whose SiLU multiplies all of it."""
 
     x: Any
     residual: Any
     gate: Any
     dropout: Any
+    silu: Any
 
 
 class Norm(NamedTuple):
-    """What x_hat becomes, and pointers to where z and h go."""
+    """What x_hat becomes, and pointers to where z and h go; `silu` as in `Stream`."""
 
     weight: Any
     bias: Any
     scale: Any
     shift: Any
+    silu: Any
     z: Any
     h: Any
 
@@ -70,6 +73,8 @@ def _load_h(stream, tile, chunk, C: tl.constexpr):
         h *= load_term(stream.gate, tile.samples, chunk.cols, C).to(C.COMPUTE)
     if stream.residual.ptr is not None:
         h += load_rows(stream.residual, chunk, C)
+    if stream.silu.ptr is not None:
+        h *= silu(load_rows(stream.silu, chunk, C))
     return rounded(h, C.H_DTYPE)
 
 
@@ -86,6 +91,8 @@ def _store_z(norm, tile, chunk, x_hat, C: tl.constexpr):
         z = z * (1.0 + scale.to(C.COMPUTE))
     if norm.shift.ptr is not None:
         z = z + load_term(norm.shift, tile.samples, chunk.cols, C).to(C.COMPUTE)
+    if norm.silu.ptr is not None:
+        z = z * silu(load_rows(norm.silu, chunk, C))
     store_rows(norm.z, tile, chunk, z, C)
 
 
@@ -96,7 +103,7 @@ def _inverse_deviation(var, eps, C: tl.constexpr):
 
 
 @triton.jit
-def _resident(stream, norm, tile, eps, RMS: tl.constexpr, C: tl.constexpr):
+def resident(stream, norm, tile, eps, RMS: tl.constexpr, C: tl.constexpr):
     """Normalise rows that stay in registers, and return their mean and rstd."""
     hs = ()
     for i in tl.static_range(C.CHUNKS):
@@ -135,7 +142,7 @@ def _resident(stream, norm, tile, eps, RMS: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
-def _looped(stream, norm, tile, eps, steps, RMS: tl.constexpr, C: tl.constexpr):
+def looped(stream, norm, tile, eps, steps, RMS: tl.constexpr, C: tl.constexpr):
     """Normalise rows that are walked twice, chunk by chunk, and return their mean and rstd."""
     # Differences from the mean of the first chunk are small however large the mean is.
     first = _load_h(stream, tile, take_chunk(tile, 0, C), C)
@@ -244,14 +251,15 @@ def layer_norm_fwd_kernel(
         Rows(residual_ptr, row_offsets(rows, residual_stride, RESIDUAL_VECTOR)),
         Term(gate_ptr, gate_ptr if GATE_SCALAR else None, gate_stride),
         Dropout(seed_ptr, drop_below, inverse_keep),
+        Rows(None, None),
     )
     scale = Term(scale_ptr, scale_ptr if SCALE_SCALAR else None, scale_stride)
     shift = Term(shift_ptr, shift_ptr if SHIFT_SCALAR else None, shift_stride)
-    norm = Norm(weight_ptr, bias_ptr, scale, shift, z_ptr, h_ptr)
+    norm = Norm(weight_ptr, bias_ptr, scale, shift, Rows(None, None), z_ptr, h_ptr)
     if LOOPED:
-        mean, rstd = _looped(stream, norm, tile, eps, steps, RMS, C)
+        mean, rstd = looped(stream, norm, tile, eps, steps, RMS, C)
     else:
-        mean, rstd = _resident(stream, norm, tile, eps, RMS, C)
+        mean, rstd = resident(stream, norm, tile, eps, RMS, C)
     if mean_ptr is not None:
         tl.store(mean_ptr + rows, mean, mask=rows < M)
     if rstd_ptr is not None:

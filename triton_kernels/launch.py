@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -31,7 +31,7 @@ def architecture(device: torch.device) -> Architecture:
     if device.type == "cpu":
         return _INTERPRETER
     target = triton.runtime.driver.active.get_current_target()
-    properties = torch.cuda.get_device_properties(device)
+    properties: Any = torch.cuda.get_device_properties(device)  # torch's stub lacks some
     nvidia = target.backend == "cuda"
     return Architecture(
         warp_size=target.warp_size,
@@ -130,7 +130,8 @@ def terms(rows: int, cols: int, *tensors: torch.Tensor | None) -> Terms:
             samples = max(samples, tensor.shape[0])
         prepared.append(tensor)
         strides.append(0 if tensor is None or tensor.shape[0] == 1 else tensor.stride(0))
-    constants = dict(zip(("GATE_SCALAR", "SCALE_SCALAR", "SHIFT_SCALAR"), scalars, strict=True))
+    names = ("GATE_SCALAR", "SCALE_SCALAR", "SHIFT_SCALAR")
+    constants: dict[str, object] = dict(zip(names, scalars, strict=True))
     constants |= {"SAMPLED": samples > 1, "TERM_VECTOR": vector}
     return Terms(tuple(prepared), tuple(strides), rows // samples, samples, constants)
 

@@ -98,13 +98,13 @@ def start(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any)
     Raises:
         RuntimeError: The driver refuses the launch.
     """
-    grid = (*grid, 1, 1)[:3]
+    x, y, z = (*grid, 1, 1)[:3]
     try:
-        compiled = kernel[grid](*arguments, **constants)
+        compiled = kernel[x, y, z](*arguments, **constants)
     except RuntimeError as error:
-        raise _refused(kernel.fn.__name__, grid, error) from error
+        raise _refused(kernel.fn.__name__, (x, y, z), error) from error
     if _thread.record is not None and compiled is not None:
-        _thread.record.starts.append((compiled, grid, arguments))
+        _thread.record.starts.append((compiled, (x, y, z), arguments))
 
 
 def scratch(like: Tensor, *size: int) -> Tensor:

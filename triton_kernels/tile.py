@@ -202,6 +202,12 @@ def rounded(x, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def silu(gate):
+    """Return gate * sigmoid(gate)."""
+    return gate * tl.sigmoid(gate)
+
+
+@triton.jit
 def kept(seed, rows, number, drop_below, ROWS: tl.constexpr, BLOCK_N: tl.constexpr):
     """Return the [ROWS, BLOCK_N] mask of the elements of a chunk that dropout keeps.
 

@@ -1,5 +1,5 @@
-#include "kernels.h"
+#include "gated.h"
 #include "levels.h"
 
-const fusednorm::cpu::Kernels fusednorm::cpu::avx2_kernels{"avx2", run_forward, run_backward,
-                                                           run_fold};
+const fusednorm::cpu::Kernels fusednorm::cpu::avx2_kernels{
+    "avx2", run_forward, run_backward, run_fold, run_gated_forward, run_gated_backward};

@@ -507,7 +507,7 @@ ALWAYS_INLINE void differentiate(const T* const (&dz)[R], const T* const (&h)[R]
   C c1[R] = {}, c2[R] = {};
   if (out) {
     for (int r = 0; r < R; ++r) {
-      const auto [mean, rstd] = statistics[r];
+      const C mean = statistics[r].mean, rstd = statistics[r].rstd;
       double totals[2];
       sum_columns<C>(cols, totals, [&](int64_t col, auto part, Vector<C>* sums) {
         const Vector<C> centred = load<C>(h[r] + col, part) - mean;

@@ -20,6 +20,13 @@ struct Backward : fusednorm::Backward {
   int64_t tasks = 1;  // a task is a run of consecutive units
 };
 
+struct GatedBackward : fusednorm::GatedBackward {
+  // Where present: [tasks, N] of C, the sums over the rows of a task.
+  void* dweight = nullptr;
+  void* dbias = nullptr;
+  int64_t tasks = 1;  // a task is a run of consecutive rows
+};
+
 // Adds up partial rows: out[i, :] is the sum of `count` consecutive rows of `partials`.
 struct Fold {
   const void* partials = nullptr;  // [rows * count, N] of C
@@ -38,6 +45,9 @@ struct Kernels {
   void (*forward)(const Forward&, int64_t first_row, int64_t last_row);
   void (*backward)(const Backward&, int64_t first_task, int64_t last_task);
   void (*fold)(const Fold&, int64_t row, int64_t first_col, int64_t last_col);
+  // A place is one group of one row.
+  void (*gated_forward)(const GatedForward&, int64_t first_place, int64_t last_place);
+  void (*gated_backward)(const GatedBackward&, int64_t first_task, int64_t last_task);
 };
 
 // Returns the build in use: the widest that this processor runs, unless another one was asked for.

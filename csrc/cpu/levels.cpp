@@ -3,12 +3,16 @@
 #include <atomic>
 #include <cstring>
 
+#if defined(FUSEDNORM_X86)
+#include <cpuid.h>
+#endif
+
 namespace fusednorm::cpu {
 namespace {
 
 // The widest first.
 const Kernels* const levels[] = {
-#if defined(__x86_64__)
+#if defined(FUSEDNORM_X86)
     &avx512_bf16_kernels,
     &avx512_kernels,
     &avx2_kernels,
@@ -16,16 +20,23 @@ const Kernels* const levels[] = {
     &portable_kernels,
 };
 
+#if defined(FUSEDNORM_X86)
+// GCC's __builtin_cpu_supports knows it by name, and Clang's does not.
+bool has_f16c() {
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+#endif
+
 bool runs_here(const Kernels* level) {
-#if defined(__x86_64__)
+#if defined(FUSEDNORM_X86)
   if (level == &avx512_bf16_kernels)
     return runs_here(&avx512_kernels) && __builtin_cpu_supports("avx512bf16");
   if (level == &avx512_kernels)
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (level == &avx2_kernels)
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-           __builtin_cpu_supports("f16c");
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
 #endif
   return true;
 }

@@ -1,6 +1,6 @@
 // Vectors of the compute type C, and how the element types are loaded into and stored from them.
 //
-// Every level compiles this file with flags of its own. Nothing here or in kernels.h may have
+// Every level compiles this file with flags of its own. Nothing here or in the kernels may have
 // external linkage or instantiate a template of the standard library: the linker would keep one
 // copy for all levels, and a processor could meet instructions that it does not have.
 #pragma once

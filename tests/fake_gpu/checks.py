@@ -21,16 +21,19 @@ import triton
 from triton.runtime import build
 
 import fake_gpu
-from fake_gpu.uses import Call, Use, backward, forward, uses
+from fake_gpu.uses import Call, Use, backward, forward, gated_backward, gated_forward, uses
 from fusednorm import backends, ops, torch_operators
 from fusednorm.triton_kernels import plans
 from fusednorm.triton_kernels.backward import layer_norm_bwd
 from fusednorm.triton_kernels.forward import layer_norm_fwd
+from fusednorm.triton_kernels.gated import gated_norm_bwd, gated_norm_fwd
 
 Launcher = Callable[..., Any]
 RESULTS = {
     layer_norm_fwd: ("z", "h_out", "mean_out", "rstd_out"),
     layer_norm_bwd: ("dx", "dresidual", "dgate", "dweight", "dbias", "dscale", "dshift"),
+    gated_norm_fwd: ("z", "mean_out", "rstd_out"),
+    gated_norm_bwd: ("dx", "dgate_input", "dweight", "dbias"),
 }
 REPEATERS = ["python", "extension"] if plans._C is not None else ["python"]
 CALLS = [(use, direction) for use in uses() for direction in ("forward", "backward")]
@@ -103,6 +106,11 @@ def by_repeater(
 
 def launcher_and_call(direction: str, use: Use) -> tuple[Launcher, Call]:
     """Return a launcher and what to call it with."""
+    if use.gated:
+        return {
+            "forward": lambda: (gated_norm_fwd, gated_forward(use)),
+            "backward": lambda: (gated_norm_bwd, gated_backward(use)),
+        }[direction]()
     return {
         "forward": lambda: (layer_norm_fwd, forward(use)),
         "inference": lambda: (layer_norm_fwd, forward(use, save_stats=False)),
@@ -147,7 +155,7 @@ def triton_alone(served_by_plans: None) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("triton_alone")
-@pytest.mark.parametrize("use", uses(), ids=str)
+@pytest.mark.parametrize("use", [use for use in uses() if not use.gated], ids=str)
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_an_operator_starts_the_same_without_python(use: Use, direction: str) -> None:
     """The first call of a layout is Python's, the others the extension's."""

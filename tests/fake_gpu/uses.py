@@ -40,6 +40,7 @@ class Use:
     padding: int = 0  # elements between the rows of x and of dz
     trained: bool = True  # whether the parameters and terms need a gradient
     no_dz: bool = False  # only h is differentiated
+    gated: str = ""  # first or last: a gated norm, in four groups
 
     def __str__(self) -> str:
         """Return a name for a report."""
@@ -72,6 +73,8 @@ TERMS = (
     Use("drop_path", residual=True, gate="number"),
     Use("ada_ln", affine=False, modulation="sampled"),
     Use("ada_ln_of_numbers", modulation="number"),
+    Use("gated", gated="last"),
+    Use("gated_rms_first", gated="first", rms=True, padding=8),
     _EVERYTHING,
 )
 _SELECTION = (
@@ -79,6 +82,8 @@ _SELECTION = (
     Use("ada_ln", affine=False, modulation="sampled"),
     Use("drop_path", residual=True, gate="number", dtype="float16"),
     Use("only_h", residual=True, dropout_p=0.1, no_dz=True),
+    Use("gated", gated="last"),
+    Use("gated_rms_first", gated="first", rms=True, cols=40000, dtype="float32"),
     replace(_LAYER_NORM, cols=17, dtype="float64"),
     replace(_ADD_NORM, cols=9216),
     replace(_LAYER_NORM, cols=40000, dtype="float32"),
@@ -142,6 +147,35 @@ def backward(use: Use) -> Call:
     return Call((*tensors.values(), *options), tensors)
 
 
+GROUPS = 4
+
+
+def gated_forward(use: Use, *, save_stats: bool = True) -> Call:
+    """Return a call of the forward launcher of a gated norm."""
+    tensors: dict[str, Tensor | None] = {"x": _rows(use), "gate_input": _rows(use), **_affine(use)}
+    options = (use.cols,), use.cols // GROUPS, 1e-5, use.rms, use.gated == "last"
+    dtypes = DTYPES[use.dtype], DTYPES.get(use.x_hat)
+    return Call((*tensors.values(), *options, *dtypes, save_stats), tensors)
+
+
+def gated_backward(use: Use) -> Call:
+    """Return a call of its backward launcher."""
+    rstd = torch.ones(
+        use.rows * GROUPS, dtype=torch.promote_types(DTYPES[use.dtype], torch.float32)
+    )
+    tensors: dict[str, Tensor | None] = {
+        "dz": _rows(use),
+        "x": _rows(use),
+        "gate_input": _rows(use),
+        "mean": None if use.rms else rstd.clone(),
+        "rstd": rstd,
+        **_affine(use),
+    }
+    mask = (True, True, use.trained, use.trained)
+    options = (use.cols,), use.cols // GROUPS, use.gated == "last", DTYPES.get(use.x_hat), mask
+    return Call((*tensors.values(), *options), tensors)
+
+
 def _rows(use: Use) -> Tensor:
     padded = torch.ones(use.rows, use.cols + use.padding, dtype=DTYPES[use.dtype])
     return padded[:, : use.cols]
@@ -159,14 +193,19 @@ def _parameters(use: Use) -> dict[str, Tensor | None]:
         sizes = {"vector": (1, use.cols), "sampled": (SAMPLES, use.cols), "number": (SAMPLES, 1)}
         return torch.ones(sizes[kind], dtype=dtype) if kind else None
 
-    def parameter(wanted: bool) -> Tensor | None:
-        return torch.ones(use.cols, dtype=DTYPES[use.parameters or use.dtype]) if wanted else None
-
     return {
         "gate": term(use.gate),
-        "weight": parameter(use.affine),
-        "bias": parameter(use.affine and not use.rms),
+        **_affine(use),
         "scale": term(use.modulation),
         "shift": term(use.modulation),
         "seed": torch.ones(1, dtype=torch.int64) if use.dropout_p else None,
     }
+
+
+def _affine(use: Use) -> dict[str, Tensor | None]:
+    """Return weight and bias."""
+
+    def parameter(wanted: bool) -> Tensor | None:
+        return torch.ones(use.cols, dtype=DTYPES[use.parameters or use.dtype]) if wanted else None
+
+    return {"weight": parameter(use.affine), "bias": parameter(use.affine and not use.rms)}

@@ -1,0 +1,109 @@
+// As calls.h, for the gated norm; its arguments are those of the launchers in
+// fusednorm/triton_kernels/gated.py.
+#pragma once
+
+#include "tensors.h"
+
+namespace fusednorm {
+
+struct GatedForwardArguments {
+  PyObject *x, *gate_input, *weight, *bias;
+  PyObject *normalized_shape, *group_size, *eps, *rms, *norm_before_gate, *out_dtype, *x_hat_dtype;
+  PyObject* save_stats;
+};
+
+struct GatedBackwardArguments {
+  PyObject *dz, *x, *gate_input, *mean, *rstd, *weight, *bias;
+  PyObject *normalized_shape, *group_size, *norm_before_gate, *x_hat_dtype, *output_mask;
+};
+
+// Describes what both directions are given.
+template <class Arguments>
+void describe_gated(Gated& p, Layout& layout, const Arguments& a) {
+  p.rows = p.rows_per_sample = layout.row_count();
+  p.cols = layout.cols();
+  p.group_size = integer(a.group_size);
+  p.gate_first = !flag(a.norm_before_gate);
+  p.x_hat_dtype = dtype(a.x_hat_dtype);
+  p.x = layout.rows(a.x);
+  p.gate_input = layout.rows(a.gate_input);
+  p.weight = layout.vector(given(a.weight));
+  p.bias = layout.vector(given(a.bias));
+}
+
+class GatedForwardCall {
+ public:
+  explicit GatedForwardCall(const GatedForwardArguments& a) : layout_(a.x, a.normalized_shape) {
+    const bool is_double = dtype_of(a.x) == DType::f64 || dtype_of(a.gate_input) == DType::f64;
+    p.compute = is_double ? DType::f64 : DType::f32;
+    p.rms = flag(a.rms);
+    p.eps = number(a.eps);
+    if (flag(a.save_stats)) {
+      const int64_t size = layout_.cols() == 0 ? 1 : integer(a.group_size);
+      const long long places = layout_.row_count() * layout_.cols() / size;
+      const Ref shape(Py_BuildValue("(L)", places));
+      rstd_ = new_empty(a.x, shape, p.compute);
+      if (!p.rms) mean_ = empty_like(rstd_.get(), p.compute);
+    }
+    const DType out_dtype = dtype(a.out_dtype);
+    z_ = empty_like(a.x, out_dtype);
+    if (is_empty()) return;
+    describe_gated(p, layout_, a);
+    p.z = layout_.fresh(z_, out_dtype);
+    if (mean_) p.mean = address(mean_.get());
+    if (rstd_) p.rstd = address(rstd_.get());
+  }
+
+  bool is_empty() const { return layout_.is_empty(); }
+  PyObject* outputs() const { return pack(z_, mean_, rstd_); }
+
+  GatedForward p;
+
+ private:
+  Layout layout_;
+  Ref z_, mean_, rstd_;
+};
+
+// B is the GatedBackward of a device.
+template <class B>
+class GatedBackwardCall {
+ public:
+  explicit GatedBackwardCall(const GatedBackwardArguments& a) : layout_(a.x, a.normalized_shape) {
+    PyObject* const inputs[] = {a.x, a.gate_input, a.weight, a.bias};
+    for (int i = 0; i < 4; ++i) {
+      const bool wanted = flag(Ref(PySequence_GetItem(a.output_mask, i)).get());
+      if (wanted && inputs[i] != Py_None)
+        gradients_[i] = empty_like(inputs[i], dtype_of(inputs[i]));
+    }
+    if (is_empty()) {
+      for (const Ref& gradient : gradients_)
+        if (gradient) invoke(gradient.get(), names().zero.get());
+      return;
+    }
+    describe_gated(p, layout_, a);
+    p.rms = a.mean == Py_None;
+    p.compute = dtype_of(a.rstd);
+    p.dz = layout_.rows(a.dz);
+    p.mean = address(given(a.mean));
+    p.rstd = address(given(a.rstd));
+    p.dx = layout_.fresh(gradients_[0], p.x.dtype);
+    p.dgate_input = layout_.fresh(gradients_[1], p.gate_input.dtype);
+  }
+
+  bool is_empty() const { return layout_.is_empty(); }
+
+  Term dweight() { return gradients_[2] ? layout_.vector(gradients_[2].get()) : Term{}; }
+  Term dbias() { return gradients_[3] ? layout_.vector(gradients_[3].get()) : Term{}; }
+
+  PyObject* outputs() const {
+    return pack(gradients_[0], gradients_[1], gradients_[2], gradients_[3]);
+  }
+
+  B p;
+
+ private:
+  Layout layout_;
+  Ref gradients_[4];  // of x, gate_input, weight and bias
+};
+
+}  // namespace fusednorm
