@@ -88,11 +88,12 @@ matrix: $(VENV)/ready-release
 release:
 	$(PYTHON) tools/release.py $(VERSION)
 
-# The workflows and the forms, against their schemas.
+# The workflows and the forms, against their schemas; and what a workflow must not do.
 workflows: $(VENV)/ready-release
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/[!c]*.yml
 	$(BIN)/check-jsonschema --builtin-schema vendor.citation-file-format CITATION.cff
+	$(BIN)/zizmor --offline --quiet .github
 
 $(VENV)/ready-release: $(VENV)/ready requirements-release.txt
 	$(BIN)/pip install --quiet -r requirements-release.txt

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.egg_info import egg_info
 
 sys.path.insert(0, str(Path(__file__).parent))
 import toolchain
@@ -38,6 +39,17 @@ NVCC_FLAGS = [
     *("-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC,-fvisibility=hidden"),
     *("-Icsrc", "-Icsrc/cuda/gpu"),
 ]
+
+
+class NameVersion(egg_info):
+    """Adds the local version, which the setup.cfg of every sdist would take away as an option."""
+
+    local = ""
+
+    def finalize_options(self) -> None:
+        """Set the tag last."""
+        self.tag_build = self.local
+        super().finalize_options()
 
 
 class BuildKernels(build_ext):
@@ -105,13 +117,11 @@ if __name__ == "__main__":
         setup()
     elif chosen := toolchain.choose():
         _, BuildKernels.nvcc = chosen
+        NameVersion.local = toolchain.local_version(*chosen)
         setup(
             ext_modules=[extension(*chosen)],
-            cmdclass={"build_ext": BuildKernels},
-            options={
-                "bdist_wheel": {"py_limited_api": "cp310"},
-                "egg_info": {"tag_build": toolchain.local_version(*chosen)},
-            },
+            cmdclass={"build_ext": BuildKernels, "egg_info": NameVersion},
+            options={"bdist_wheel": {"py_limited_api": "cp310"}},
         )
     else:
         setup()

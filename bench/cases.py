@@ -26,6 +26,7 @@ NORMS = {
     "adaln_zero": "AdaLN-Zero",
     "gated_rms": "RMSNorm, times the SiLU of a gate",
     "gated_rms_first": "RMSNorm of x times the SiLU of a gate",
+    "channels": "LayerNorm, channels first",
     "frozen": "LayerNorm, frozen weights",
 }
 ADDED = ("add", "add_rms", "dropout", "layer_scale", "adaln_zero")
@@ -145,6 +146,8 @@ def draw(case: Case, device: torch.device, generator: torch.Generator) -> Inputs
     shape: tuple[int, ...] = (case.rows, case.cols)
     if case.norm in MODULATED:
         shape = (case.samples, case.rows // case.samples, case.cols)
+    if case.norm == "channels":
+        shape = (case.samples, case.cols, case.rows // case.samples)
     trains = case.phase != "inference"
 
     def tensor(*size: int, dtype: str, offset: float = 0.0, trains: bool = trains) -> Tensor:
@@ -194,6 +197,9 @@ def compose(case: Case, inputs: Inputs, keep: Tensor | None = None) -> tuple[Ten
     if inputs.gate is not None:
         x = inputs.gate * x
     h = x if inputs.residual is None else inputs.residual + x
+    if case.norm == "channels":
+        z = F.layer_norm(h.movedim(1, -1), (case.cols,), inputs.weight, inputs.bias, EPS)
+        return (z.movedim(-1, 1),)
     if "rms" in case.norm:
         z = F.rms_norm(h, (case.cols,), inputs.weight, EPS)
     else:

@@ -152,6 +152,7 @@ OURS = _bound(
     rms_norm=lambda i, c: fusednorm.rms_norm(i.x, (c.cols,), i.weight, EPS),
     add=lambda i, c: fusednorm.add_layer_norm(i.x, i.residual, (c.cols,), i.weight, i.bias, EPS),
     add_rms=lambda i, c: fusednorm.add_rms_norm(i.x, i.residual, (c.cols,), i.weight, EPS),
+    channels=lambda i, c: fusednorm.layer_norm2d(i.x, i.weight, i.bias, EPS),
     adaln=lambda i, c: fusednorm.modulated_layer_norm(i.x, (c.cols,), i.shift, i.scale, eps=EPS),
     **dict.fromkeys(("dropout", "layer_scale", "adaln_zero"), _add),
     **dict.fromkeys(SILU, _gated),

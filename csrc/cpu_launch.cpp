@@ -51,6 +51,18 @@ Rows output(Rows rows, int64_t count) {
   return rows;
 }
 
+// Contiguous planes to be written.
+Planes output(Planes planes, const Channels& p) {
+  const Rows rows = output(Rows{planes.data, p.cols, planes.dtype}, p.rows);
+  planes.beyond_cache = rows.beyond_cache;
+  return planes;
+}
+
+void share_out(Channels& p) {
+  p.units_per_image = std::max<int64_t>(1, p.positions() / unit_positions);
+  p.units = p.rows / p.positions() * p.units_per_image;
+}
+
 // The partial sums of one gradient: [count * rows, N] that are added up to [rows, N or 1].
 class Partials {
  public:
@@ -150,6 +162,29 @@ void run(GatedBackward& p, const Term& dweight, const Term& dbias) {
   const Kernels& kernels = cpu::kernels();
   parallel_for(p.tasks, 1,
                [&](int64_t first, int64_t last) { kernels.gated_backward(p, first, last); });
+  for (const Partials& gradient : partials) gradient.fold(kernels);
+}
+
+void run(ChannelsForward& p) {
+  p.z = output(p.z, p);
+  share_out(p);
+  const Kernels& kernels = cpu::kernels();
+  parallel_for(p.units, divide_up(grain, p.cols * unit_positions),
+               [&](int64_t first, int64_t last) { kernels.channels_forward(p, first, last); });
+}
+
+void run(ChannelsBackward& p, const Terms& terms) {
+  p.dx = output(p.dx, p);
+  share_out(p);
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t wanted = std::clamp<int64_t>(p.rows * p.cols / grain, 1, threads);
+  p.tasks = std::min(wanted, p.units);
+  const Partials partials[] = {{terms.dweight, p.tasks, p}, {terms.dbias, p.tasks, p}};
+  p.dweight = partials[0].data();
+  p.dbias = partials[1].data();
+  const Kernels& kernels = cpu::kernels();
+  parallel_for(p.tasks, 1,
+               [&](int64_t first, int64_t last) { kernels.channels_backward(p, first, last); });
   for (const Partials& gradient : partials) gradient.fold(kernels);
 }
 

@@ -15,5 +15,7 @@ void run(Forward& p);
 void run(Backward& p, const Terms& terms);
 void run(GatedForward& p);
 void run(GatedBackward& p, const Term& dweight, const Term& dbias);
+void run(ChannelsForward& p);
+void run(ChannelsBackward& p, const Terms& terms);
 
 }  // namespace fusednorm::cpu

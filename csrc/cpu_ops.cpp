@@ -1,6 +1,7 @@
 // The CPU kernels as functions of Python.
 #include "cpu_ops.h"
 
+#include "channel_calls.h"
 #include "cpu_launch.h"
 #include "gated_calls.h"
 #include "python_calls.h"
@@ -55,6 +56,28 @@ PyObject* gated_backward(PyObject*, PyObject* const* arguments, Py_ssize_t count
   });
 }
 
+PyObject* channels_forward(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  return call([&] {
+    ChannelsForwardCall forward(named<ChannelsForwardArguments>(arguments, count));
+    if (!forward.is_empty()) {
+      const WithoutGil unlocked;
+      cpu::run(forward.p);
+    }
+    return forward.outputs();
+  });
+}
+
+PyObject* channels_backward(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  return call([&] {
+    ChannelsBackwardCall backward(named<ChannelsBackwardArguments>(arguments, count));
+    if (!backward.is_empty()) {
+      const WithoutGil unlocked;
+      cpu::run(backward.p, backward.terms);
+    }
+    return backward.outputs();
+  });
+}
+
 PyObject* level(PyObject*, PyObject* args) {
   const char* name = nullptr;
   if (!PyArg_ParseTuple(args, "|s", &name)) return nullptr;
@@ -74,6 +97,10 @@ PyMethodDef cpu_methods[] = {
      "Compute the gated norm; see fusednorm/triton_kernels/gated.py."},
     {"gated_backward", fast(gated_backward), METH_FASTCALL,
      "Differentiate it; see fusednorm/triton_kernels/gated.py."},
+    {"channels_forward", fast(channels_forward), METH_FASTCALL,
+     "Normalise over dimension 1; see fusednorm/triton_kernels/channels.py."},
+    {"channels_backward", fast(channels_backward), METH_FASTCALL,
+     "Differentiate it; see fusednorm/triton_kernels/channels.py."},
     {"level", level, METH_VARARGS,
      "level(name=None): use the kernels for an instruction set, avx512_bf16, avx512, avx2 or\n"
      "portable; return the name of those in use."},

@@ -84,8 +84,8 @@ class GatedBackwardCall {
     p.rms = a.mean == Py_None;
     p.compute = dtype_of(a.rstd);
     p.dz = layout_.rows(a.dz);
-    p.mean = address(given(a.mean));
-    p.rstd = address(given(a.rstd));
+    p.mean = address(a.mean);
+    p.rstd = address(a.rstd);
     p.dx = layout_.fresh(gradients_[0], p.x.dtype);
     p.dgate_input = layout_.fresh(gradients_[1], p.gate_input.dtype);
   }

@@ -63,7 +63,7 @@ inline DType dtype_of(PyObject* tensor) {
 }
 
 inline void* address(PyObject* tensor) {
-  if (tensor == nullptr) return nullptr;
+  if (tensor == nullptr || tensor == Py_None) return nullptr;
   return PyLong_AsVoidPtr(invoke(tensor, names().data_ptr.get()).get());
 }
 

@@ -8,9 +8,11 @@ from fusednorm.functional import (
     gated_layer_norm,
     gated_rms_norm,
     layer_norm,
+    layer_norm2d,
     modulated_layer_norm,
     modulated_rms_norm,
     rms_norm,
+    rms_norm2d,
 )
 from fusednorm.modules import (
     AdaLayerNorm,
@@ -19,7 +21,9 @@ from fusednorm.modules import (
     AddRMSNorm,
     GatedRMSNorm,
     LayerNorm,
+    LayerNorm2d,
     RMSNorm,
+    RMSNorm2d,
 )
 from fusednorm.replace import replace_norms, restore_norms
 from fusednorm.torch_operators import disable, enable, read_environment
@@ -31,7 +35,9 @@ __all__ = [
     "AddRMSNorm",
     "GatedRMSNorm",
     "LayerNorm",
+    "LayerNorm2d",
     "RMSNorm",
+    "RMSNorm2d",
     "__version__",
     "add_layer_norm",
     "add_rms_norm",
@@ -41,11 +47,13 @@ __all__ = [
     "gated_layer_norm",
     "gated_rms_norm",
     "layer_norm",
+    "layer_norm2d",
     "modulated_layer_norm",
     "modulated_rms_norm",
     "replace_norms",
     "restore_norms",
     "rms_norm",
+    "rms_norm2d",
 ]
 
 backends.extension_missing()  # refuses one that does not load

@@ -54,7 +54,11 @@ _requested_by = ""
 
 
 class Launchers(NamedTuple):
-    """What runs one backend; the signatures are those of Triton's forward and backward."""
+    """What runs one backend.
+
+    The signatures are those of Triton's forward and backward; for norms over dimension 1 those of
+    `triton_kernels.channels`.
+    """
 
     forward: Callable[..., Outputs]
     backward: Callable[..., Gradients]
@@ -75,12 +79,15 @@ class Backend(NamedTuple):
         unfit: Returns why it cannot run on a device, or None where it can.
         launchers: Returns its launchers, once it is installed.
         gated_launchers: Returns those of the gated norm.
+        channels: Returns those of norms over dimension 1 of so many channels, or None where it has
+            none and takes the channels for rows.
     """
 
     missing: Callable[[], str | None]
     unfit: Callable[[torch.device], str | None]
     launchers: Callable[[], Launchers]
     gated_launchers: Callable[[], GatedLaunchers]
+    channels: Callable[[int], Launchers | None] = lambda channels: None
 
 
 def _check_name(source: str, name: object) -> None:
@@ -242,13 +249,30 @@ def _cpu_gated() -> GatedLaunchers:
     return GatedLaunchers(_C.gated_forward, _C.gated_backward)
 
 
+def _triton_channels(channels: int) -> Launchers | None:
+    from fusednorm.triton_kernels import channels as kernels
+    from fusednorm.triton_kernels.config import MOST_CHANNELS
+
+    if channels > MOST_CHANNELS:
+        return None
+    return Launchers(kernels.layer_norm2d_fwd, kernels.layer_norm2d_bwd)
+
+
+def _cpu_channels(channels: int) -> Launchers | None:
+    from fusednorm import _C  # type: ignore[attr-defined]
+
+    return Launchers(_C.channels_forward, _C.channels_backward)
+
+
 _TORCH_LAUNCHERS = Launchers(reference.launch_fwd, reference.launch_bwd)
 _TORCH_GATED = GatedLaunchers(reference.launch_gated_fwd, reference.launch_gated_bwd)
 
 _TABLE = {
-    "triton": Backend(_triton_missing, _triton_unfit, _triton_launchers, _triton_gated),
+    "triton": Backend(
+        *(_triton_missing, _triton_unfit, _triton_launchers, _triton_gated, _triton_channels)
+    ),
     "cuda": Backend(cuda_missing, _cuda_unfit, _cuda_launchers, _cuda_gated),
-    "cpu": Backend(extension_missing, _cpu_unfit, _cpu_launchers, _cpu_gated),
+    "cpu": Backend(extension_missing, _cpu_unfit, _cpu_launchers, _cpu_gated, _cpu_channels),
     "torch": Backend(
         lambda: None, lambda device: None, lambda: _TORCH_LAUNCHERS, lambda: _TORCH_GATED
     ),
@@ -270,6 +294,11 @@ def gated_launchers(backend: str) -> GatedLaunchers:
         ValueError: The backend has none.
     """
     return _TABLE[backend].gated_launchers()
+
+
+def channel_launchers(backend: str, channels: int) -> Launchers | None:
+    """Return what an installed backend has for norms over dimension 1; None if it takes rows."""
+    return _TABLE[backend].channels(channels)
 
 
 def _unfit(backend: str, device: torch.device) -> str | None:
@@ -305,7 +334,7 @@ def kernels(device: torch.device) -> str | None:
     """Return the kernels behind our operators on `device`: those requested, if they serve it."""
     if _requested in ("triton", "cuda") and serves(_requested, device):
         return _requested
-    if device.type == "cpu" and extension_missing() is None:
+    if device.type == "cpu" and serves("cpu", device):
         return "cpu"
     return "triton" if serves("triton", device) else None
 

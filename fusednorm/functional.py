@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from fusednorm import autograd, backends, gated, observers, route
+from fusednorm import autograd, backends, channels, gated, observers, route
 from fusednorm.observers import PLAIN
 from fusednorm.spec import Call, GatedOperands, GatedSpec, Operands, Spec, compute_dtype
 from fusednorm.validation import (
     DTYPES,
+    check_channel_norm,
     check_dropout,
     check_gate_input,
     check_group_size,
@@ -132,6 +133,100 @@ def rms_norm(
         return done[0]
     shape, eps = check_norm("rms_norm", input, normalized_shape, weight, None, eps)
     return norm("rms_norm", operands, shape, eps, rms=True)
+
+
+def layer_norm2d(
+    input: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-6
+) -> Tensor:
+    r"""Normalise over dimension 1, the channels, of each position, without a permuted copy.
+
+    .. math::
+        y_{b,c,s} = \frac{x_{b,c,s} - \mathrm{E}_c[x_{b,c,s}]}
+        {\sqrt{\mathrm{Var}_c[x_{b,c,s}] + \epsilon}} \cdot \gamma_c + \beta_c
+
+    `layer_norm` of the channels of each position, as in ConvNeXt (Liu et al., 2022,
+    arXiv:2201.03545): what ``F.layer_norm(input.movedim(1, -1), (C,), ..).movedim(-1, 1)``
+    computes, with the precision and the dtypes of `layer_norm`.
+
+    Args:
+        input: [B, C, \*spatial] with any number of spatial dimensions, none included; float16,
+            bfloat16, float32 or float64, any strides.
+        weight: :math:`\gamma`, [C] and of any of these dtypes, or None for 1.
+        bias: :math:`\beta`, [C] and of any of these dtypes, or None for 0.
+        eps: Added to the variance; in the square of the unit of `input`.
+
+    Returns:
+        A tensor of `input`'s shape and dtype, in channels_last memory format if the channels of
+        `input` are adjacent, else contiguous; float32 under an autocast that runs layer norm in
+        float32, as CUDA's does.
+
+    Raises:
+        TypeError: An argument is of the wrong kind or dtype.
+        ValueError: The shape or the device of an argument does not fit, or a backend was requested
+            that cannot serve it.
+
+    Example:
+        >>> import torch, fusednorm
+        >>> x = torch.tensor([[[1.0, 5.0], [2.0, 5.0], [3.0, 5.0], [4.0, 9.0]]])  # [1, 4, 2]
+        >>> fusednorm.layer_norm2d(x)
+        tensor([[[-1.3416, -0.5774],
+                 [-0.4472, -0.5774],
+                 [ 0.4472, -0.5774],
+                 [ 1.3416,  1.7321]]])
+    """
+    given = (input, weight, bias)
+    if has_torch_function_variadic(*given):
+        return handle_torch_function(layer_norm2d, given, *given, eps)
+    operands = Operands(input, None, None, weight, bias)
+    return _channel_norm("layer_norm2d", operands, eps)
+
+
+def rms_norm2d(input: Tensor, weight: Tensor | None = None, eps: float | None = None) -> Tensor:
+    r"""Divide by the root mean square over dimension 1, the channels, without a permuted copy.
+
+    .. math::
+        y_{b,c,s} = \frac{x_{b,c,s}}{\sqrt{\mathrm{E}_c[x_{b,c,s}^2] + \epsilon}} \cdot \gamma_c
+
+    `rms_norm` of the channels of each position: what ``F.rms_norm(input.movedim(1, -1), (C,),
+    ..).movedim(-1, 1)`` computes, with the precision and the dtypes of `rms_norm`.
+
+    Args:
+        input: [B, C, \*spatial] with any number of spatial dimensions, none included; float16,
+            bfloat16, float32 or float64, any strides.
+        weight: :math:`\gamma`, [C] and of any of these dtypes, or None for 1.
+        eps: Added to the mean square; None for the machine epsilon of the dtype computed in.
+
+    Returns:
+        A tensor of `input`'s shape and dtype, in channels_last memory format if the channels of
+        `input` are adjacent, else contiguous; float32 under an autocast that runs RMS norm in
+        float32, as CUDA's does since torch 2.12.
+
+    Raises:
+        TypeError: An argument is of the wrong kind or dtype.
+        ValueError: The shape or the device of an argument does not fit, or a backend was requested
+            that cannot serve it.
+
+    Example:
+        >>> import torch, fusednorm
+        >>> fusednorm.rms_norm2d(torch.tensor([[[1.0], [2.0], [2.0], [4.0]]])).flatten()
+        tensor([0.4000, 0.8000, 0.8000, 1.6000])
+    """
+    if has_torch_function_variadic(input, weight):
+        return handle_torch_function(rms_norm2d, (input, weight), input, weight, eps)
+    eps = _default_eps(input) if eps is None else eps
+    return _channel_norm("rms_norm2d", Operands(input, None, None, weight), eps, rms=True)
+
+
+def _channel_norm(op: str, operands: Operands, eps: float, *, rms: bool = False) -> Tensor:
+    """Check the arguments of a norm over dimension 1 and run it."""
+    x = operands.x
+    eps = check_channel_norm(op, x, operands.weight, operands.bias, eps)
+    shape = (x.shape[1],)
+    if x.dim() == 2 or x.stride(1) == 1:  # the channels are rows as they lie
+        rows = operands._replace(x=x.movedim(1, -1))
+        return norm(op, rows, shape, eps, rms=rms).movedim(-1, 1)
+    spec = Spec(shape, eps, rms, 0.0, _output_dtype(x, rms), None, None)
+    return channels.run(op, operands, spec)
 
 
 def add_layer_norm(

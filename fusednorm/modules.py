@@ -17,9 +17,11 @@ from fusednorm.functional import (
     add_norm,
     gated_rms_norm,
     layer_norm,
+    layer_norm2d,
     modulated_layer_norm,
     modulated_rms_norm,
     rms_norm,
+    rms_norm2d,
 )
 from fusednorm.observers import shape_of
 from fusednorm.spec import Operands
@@ -138,6 +140,115 @@ class RMSNorm(nn.RMSNorm):
             return F.rms_norm(x, self.normalized_shape, self.weight, self.eps)
         else:
             return rms_norm(x, self.normalized_shape, self.weight, self.eps)
+
+
+class LayerNorm2d(nn.LayerNorm):
+    r"""Layer normalisation over the channels of `(B, C, *)`, fused and without a permuted copy.
+
+    .. math::
+        y_{b,c,s} = \frac{x_{b,c,s} - \mathrm{E}_c[x_{b,c,s}]}
+        {\sqrt{\mathrm{Var}_c[x_{b,c,s}] + \epsilon}} \cdot w_c + b_c
+
+    The norm of ConvNeXt (Liu et al., 2022, arXiv:2201.03545) and of many segmentation models. Like
+    the classes of that name in timm and torchvision it is a `torch.nn.LayerNorm` over `(C,)` with
+    another forward, and takes their state dicts.
+
+    Args:
+        num_channels (int): C, the size of dimension 1.
+        eps (float): added to the variance.
+        elementwise_affine (bool): whether there is a weight, of ones at first.
+        bias (bool): whether there is a bias as well, of zeros at first.
+        device: where the parameters are made.
+        dtype: the dtype of the parameters.
+
+    Shape:
+        - input: `(B, C, *)`, with any number of further dimensions, none included.
+        - weight, bias: `(C,)`, or None.
+        - output: the shape of the input, and its memory format, contiguous or channels_last.
+
+    See `fusednorm.functional.layer_norm2d` for the whole contract.
+
+    Example:
+        >>> import torch
+        >>> norm = LayerNorm2d(8)
+        >>> norm
+        LayerNorm2d((8,), eps=1e-06, elementwise_affine=True, bias=True)
+        >>> norm(torch.randn(2, 8, 3, 5)).shape
+        torch.Size([2, 8, 3, 5])
+    """
+
+    def __init__(
+        self,
+        num_channels: int,
+        eps: float = 1e-6,
+        elementwise_affine: bool = True,
+        bias: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        channels = _check_int(type(self).__name__, "num_channels", num_channels)
+        super().__init__(channels, eps, elementwise_affine, bias, device, dtype)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalise `input`, of shape `(B, C, *)`; the result has its shape."""
+        if is_scripting():
+            rows = input.movedim(1, -1)
+            y = F.layer_norm(rows, self.normalized_shape, self.weight, self.bias, self.eps)
+            return y.movedim(-1, 1)
+        else:
+            return layer_norm2d(input, self.weight, self.bias, self.eps)
+
+
+class RMSNorm2d(nn.RMSNorm):
+    r"""Division by the root mean square over the channels of `(B, C, *)`, fused into one kernel.
+
+    .. math::
+        y_{b,c,s} = \frac{x_{b,c,s}}{\sqrt{\mathrm{E}_c[x_{b,c,s}^2] + \epsilon}} \cdot w_c
+
+    `LayerNorm2d` with the norm of `RMSNorm`: a `torch.nn.RMSNorm` over `(C,)` with another forward.
+
+    Args:
+        num_channels (int): C, the size of dimension 1.
+        eps (float): added to the mean square; None stands for the machine epsilon of the dtype
+            computed in.
+        elementwise_affine (bool): whether there is a weight, of ones at first.
+        device: where the weight is made.
+        dtype: the dtype of the weight.
+
+    Shape:
+        - x: `(B, C, *)`, with any number of further dimensions, none included.
+        - weight: `(C,)`, or None.
+        - output: the shape of x, and its memory format, contiguous or channels_last.
+
+    See `fusednorm.functional.rms_norm2d` for the whole contract.
+
+    Example:
+        >>> import torch
+        >>> norm = RMSNorm2d(8)
+        >>> norm
+        RMSNorm2d((8,), eps=None, elementwise_affine=True)
+        >>> norm(torch.randn(2, 8, 3, 5)).shape
+        torch.Size([2, 8, 3, 5])
+    """
+
+    def __init__(
+        self,
+        num_channels: int,
+        eps: float | None = None,
+        elementwise_affine: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        channels = _check_int(type(self).__name__, "num_channels", num_channels)
+        super().__init__(channels, eps, elementwise_affine, device, dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise `x`, of shape `(B, C, *)`; the result has its shape."""
+        if is_scripting():
+            rows = x.movedim(1, -1)
+            return F.rms_norm(rows, self.normalized_shape, self.weight, self.eps).movedim(-1, 1)
+        else:
+            return rms_norm2d(x, self.weight, self.eps)
 
 
 class _AddNorm(nn.Module):

@@ -52,6 +52,29 @@ def check_norm(
     return shape, eps if type(eps) is float else _float(op, "eps", eps)
 
 
+def check_channel_norm(
+    op: str, input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> float:
+    """Check what a norm over dimension 1 takes; return `eps`.
+
+    Raises:
+        TypeError: An argument is of the wrong kind or dtype.
+        ValueError: A shape or a device does not fit.
+    """
+    _check_tensor(op, "input", input)
+    if input.layout is not torch.strided or input.is_nested:
+        layout = "nested" if input.is_nested else str(input.layout).removeprefix("torch.")
+        fail(op, "input of strided layout", layout, TypeError)
+    sizes = tuple(shape_of(input))
+    if len(sizes) < 2:
+        fail(op, "input of shape (B, C, *)", sizes)
+    if weight is not None:
+        _check_companion(op, "weight", weight, input, sizes[1:2])
+    if bias is not None:
+        _check_companion(op, "bias", bias, input, sizes[1:2])
+    return _float(op, "eps", eps)
+
+
 def _sizes(op: str, input: Tensor, count: int) -> tuple[int, ...]:
     """Return the shape of `input`, or the last `count` sizes of a nested tensor."""
     if not input.is_nested or input.layout is not torch.strided:

@@ -32,12 +32,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from fusednorm.spec import compute_dtype
-from fusednorm.triton_kernels import backward, forward, gated, launch
+from fusednorm.triton_kernels import backward, channels, forward, gated, launch
 from fusednorm.triton_kernels.config import (
     VECTOR_BYTES,
     Architecture,
     BackwardConfig,
     backward_config,
+    channels_backward_config,
     finalize_tile,
     forward_config,
     vector_elements,
@@ -93,7 +94,11 @@ class Job:
     padding: int = 0
     planted: str = ""
     terms: str = ""
+    positions: int = 0  # of [IMAGES, cols, positions], where that is what the launcher gets
 
+
+IMAGES = 7
+"""Images of a launch of norms over dimension 1."""
 
 SAMPLES = 5
 """Samples of launches whose terms differ between them; `sampled` terms have one row each."""
@@ -135,7 +140,7 @@ TERMS = {
 IN_ALL_FORMS = ("everything", "gated", "gated first")
 """The terms that are compiled at every width and for every target."""
 
-PERSISTENT = ("layer_norm_bwd_kernel", "gated_norm_bwd_kernel")
+PERSISTENT = ("layer_norm_bwd_kernel", "gated_norm_bwd_kernel", "layer_norm2d_bwd_kernel")
 READ: dict[str, tuple[str, ...]] = {
     "layer_norm_fwd_kernel": ("x", "residual"),
     "layer_norm_bwd_sums_kernel": ("dz", "h"),
@@ -144,6 +149,8 @@ READ: dict[str, tuple[str, ...]] = {
     "gated_norm_fwd_kernel": ("x", "gate_input"),
     "gated_norm_bwd_sums_kernel": ("dz", "x", "gate_input"),
     "gated_norm_bwd_kernel": ("dz", "x", "gate_input"),
+    "layer_norm2d_fwd_kernel": ("x",),
+    "layer_norm2d_bwd_kernel": ("dz", "x"),
 }
 WRITTEN: dict[str, tuple[str, ...]] = {
     "layer_norm_fwd_kernel": ("z", "h"),
@@ -153,8 +160,10 @@ WRITTEN: dict[str, tuple[str, ...]] = {
     "gated_norm_fwd_kernel": ("z",),
     "gated_norm_bwd_sums_kernel": (),
     "gated_norm_bwd_kernel": ("dx", "dgate_input"),
+    "layer_norm2d_fwd_kernel": ("z",),
+    "layer_norm2d_bwd_kernel": ("dx",),
 }
-"""The [M, N] arguments of each kernel."""
+"""The [M, N] or [B, N, S] arguments of each kernel."""
 
 PLANTED: dict[str, dict[str, int]] = {
     "one warp": {"num_warps": 1},  # too few registers for a row of 4096
@@ -234,7 +243,26 @@ def jobs(full: bool) -> Iterator[Job]:
                     yield Job(arch, kind, "bfloat16", "bfloat16", cols, terms=terms)
                     if full or terms in IN_ALL_FORMS:
                         yield Job(arch, kind, "float32", "float32", cols, terms=terms)
+    yield from _channels_first(full)
     yield from _variations()
+
+
+# ConvNeXt's, segmentation's and the most that a program holds; whole vectors of positions and none.
+CHANNELS = (3, 96, 192, 256, 384, 768, 1024, 1536, 2048)
+POSITIONS = (1024, 49)
+
+
+def _channels_first(full: bool) -> Iterator[Job]:
+    """Yield norms over dimension 1."""
+    for arch in TARGETS:
+        for dtype in ("bfloat16", "float32", "float64"):
+            thorough = full or (arch == "sm_90" and dtype != "float64")
+            for cols in CHANNELS if full else (3, 96, 768, 2048) if thorough else (768,):
+                for kind in (
+                    ("forward", "backward", "backward_dx") if full else ("forward", "backward")
+                ):
+                    for positions in POSITIONS if thorough else POSITIONS[:1]:
+                        yield Job(arch, kind, dtype, dtype, cols, positions=positions)
 
 
 def _variations() -> Iterator[Job]:
@@ -283,9 +311,12 @@ def compile_job(job: Job) -> list[Compiled]:
     compiled: list[Compiled] = []
     chosen: list[BackwardConfig] = []
 
-    def note_config(*args: Any, **kwargs: Any) -> BackwardConfig:
-        chosen.append(backward_config(*args, **kwargs))
-        return chosen[-1]
+    def note(choose: Callable[..., BackwardConfig]) -> Callable[..., BackwardConfig]:
+        def noted(*args: Any, **kwargs: Any) -> BackwardConfig:
+            chosen.append(choose(*args, **kwargs))
+            return chosen[-1]
+
+        return noted
 
     def compile_only(kernel: Any, *args: object, warmup: bool, **kwargs: object) -> None:
         if ("finalize" in kernel.fn.__name__) == (job.kind == "finalize"):
@@ -298,7 +329,7 @@ def compile_job(job: Job) -> list[Compiled]:
             compiled.append(Compiled(built, counted, *moved))
 
     triton.runtime.driver.set_active(_Driver(job.arch))
-    for module in (forward, backward, gated):
+    for module in (forward, backward, gated, channels):
         for name, kernel in vars(module).items():
             if isinstance(kernel, triton.JITFunction) and name.endswith("_kernel"):
                 kernel.run = functools.partial(compile_only, kernel)
@@ -309,10 +340,11 @@ def compile_job(job: Job) -> list[Compiled]:
             architecture=lambda device: TARGETS[job.arch][1],
             device_guard=lambda device: contextlib.nullcontext(),
         ),
-        mock.patch.object(backward, "backward_config", note_config),
-        mock.patch.object(gated, "backward_config", note_config),
+        mock.patch.object(backward, "backward_config", note(backward_config)),
+        mock.patch.object(gated, "backward_config", note(backward_config)),
+        mock.patch.object(channels, "channels_backward_config", note(channels_backward_config)),
     ):
-        _call_launcher(job)
+        (_call_launcher if job.positions == 0 else _call_launcher_of_channels)(job)
     return compiled
 
 
@@ -382,6 +414,19 @@ def _call_gated_launcher(job: Job, terms: Terms, meta: Callable[..., torch.Tenso
         *(x, x, gate_input, None if terms.rms else stats, stats, weight, bias),
         *((cols,), job.cols, before, None, (True,) * 4),
     )
+
+
+def _call_launcher_of_channels(job: Job) -> None:
+    dtype, compute = DTYPES[job.dtype], compute_dtype(DTYPES[job.dtype])
+    x = torch.empty(IMAGES, job.cols, job.positions, dtype=dtype, device="meta")
+    weight = torch.empty(job.cols, dtype=DTYPES[job.parameters], device="meta")
+    if job.kind == "forward":
+        channels.layer_norm2d_fwd(x, weight, weight, 1e-6, False, dtype, True)
+        return
+    statistics = torch.empty(IMAGES * job.positions, dtype=compute, device="meta")
+    everything = job.kind != "backward_dx"
+    wanted = True, everything, everything
+    channels.layer_norm2d_bwd(x, x, statistics, statistics, weight, weight, wanted)
 
 
 _GLOBAL = re.compile(r"(ld|st)\.global(?:\.\w+)*?(?:\.v(\d))?\.[busf](\d+) ")
@@ -591,6 +636,17 @@ def _widest(job: Job) -> int:
     return max(DTYPES[name].itemsize for name in (job.dtype, TERMS[job.terms].stream or job.dtype))
 
 
+def _vector(job: Job, kernel: Any) -> int:
+    """Return how many elements a thread can load or store at once."""
+    if job.positions == 0:
+        return vector_elements(job.cols, _widest(job))
+    names = kernel.src.fn.arg_names
+    tile = {names[path[0]]: value for path, value in kernel.src.constants.items()}
+    threads = kernel.metadata.num_warps * kernel.metadata.target.warp_size
+    held = max(1, tile["ROWS"] * tile["BLOCK_N"] // threads)
+    return min(held, tile["ROWS"], vector_elements(job.positions, _widest(job)))
+
+
 def inspect(arch: str, work: list[Job]) -> list[dict[str, Any]]:
     """Compile what jobs for one target launch and describe each kernel."""
     entries = []
@@ -615,7 +671,7 @@ def inspect(arch: str, work: list[Job]) -> list[dict[str, Any]]:
             "shared": kernel.metadata.shared,
             "shared_limit": TARGETS[arch][1].shared_bytes,
             # Of x; a tile for a wider stream holds fewer elements of it.
-            "vector_bytes": vector_elements(job.cols, _widest(job)) * itemsize,
+            "vector_bytes": _vector(job, kernel) * itemsize,
             "counted": found.counted,
             "reads": found.reads,
             "writes": found.writes,
@@ -722,8 +778,9 @@ def describe(entry: dict[str, Any]) -> str:
     dtype = entry["dtype"]
     if entry["parameters"] != dtype:
         dtype += "/" + entry["parameters"]
-    name = entry["kernel"].removeprefix("layer_norm_").removesuffix("_kernel")
+    name = entry["kernel"].removeprefix("layer_norm").removeprefix("_").removesuffix("_kernel")
     name = name.removeprefix("gated_norm_")  # which the terms say
+    name += f" S={entry['positions']}" if entry["positions"] else ""
     name += f" {entry['terms']}" if entry["terms"] else ""
     name += " dx only" if entry["kind"] == "backward_dx" else ""
     name += f" ({entry['planted']})" if entry["planted"] else ""

@@ -26,6 +26,8 @@ USES = f"{TERMS}::test_uses"
 CUDA = "tests/test_cuda.py"
 GATED = "tests/test_gated.py"
 MAMBA = f"{GATED}::test_formula_of_mamba"
+CHANNELS = "tests/test_channels.py"
+CHANNELS_ACCURACY = f"{CHANNELS}::test_error_is_at_most_that_of_torch"
 GUARDS = f"{LAYOUTS}::test_nothing_outside_the_tensors_is_read_or_written"
 
 
@@ -114,6 +116,53 @@ MUTANTS = (
         "mask=rows < M)",
         "mask=rows < M + 1)",
         GUARDS,
+    ),
+    # Channels first.
+    Mutant(
+        "channels: positions of the next image",
+        "channels.py",
+        "image * batch_stride * VECTOR",
+        "image * batch_stride",
+        CHANNELS_ACCURACY,
+        "triton",
+    ),
+    Mutant(
+        "channels: offsets in 32 bits",
+        "channels.py",
+        "tl.int32 if most + tile.rows < 2**31 else tl.int64",
+        "tl.int32",
+        f"{CHANNELS}::test_offsets_beyond_int32",
+    ),
+    Mutant(
+        "channels: vectors wider than the strides allow",
+        "channels.py",
+        "sizes += plane[1:]",
+        "sizes += plane[1:2]",
+        f"{CHANNELS}::test_layouts",
+    ),
+    Mutant(
+        "channels: dweight of the last tile only",
+        "channels.py",
+        "(dz_x_hats[i] + tl.sum(g * x_hat, axis=0),)",
+        "(tl.sum(g * x_hat, axis=0),)",
+        CHANNELS_ACCURACY,
+        "triton",
+    ),
+    Mutant(
+        "channels: a program's last tile left out",
+        "channels.py",
+        "tl.minimum(start + tiles_per_program, all_tiles)",
+        "tl.minimum(start + tiles_per_program, all_tiles - 1)",
+        CHANNELS_ACCURACY,
+        "triton",
+    ),
+    Mutant(
+        "channels: statistics of absent positions stored",
+        "channels.py",
+        "tl.store(rstd_ptr + row, rstd, mask=tile.rows < positions)",
+        "tl.store(rstd_ptr + row, rstd)",
+        CHANNELS,
+        "nothing_outside",
     ),
     # Masks and addressing, shared by both.
     Mutant(

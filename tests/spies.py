@@ -42,11 +42,11 @@ class _Spy:
 
 def kernels_of_package() -> dict[str, tuple[Any, Any]]:
     """Return every kernel of the package by name, each with the module that launches it."""
-    from fusednorm.triton_kernels import backward, forward, gated
+    from fusednorm.triton_kernels import backward, channels, forward, gated
 
     return {
         name: (module, kernel)
-        for module in (forward, backward, gated)
+        for module in (forward, backward, gated, channels)
         for name, kernel in vars(module).items()
         if name.endswith("_kernel")
     }

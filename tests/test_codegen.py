@@ -159,6 +159,8 @@ def test_every_kernel_and_form_is_compiled(rungs: list[Entry], arch: str) -> Non
         "gated_norm_fwd_kernel",
         "gated_norm_bwd_kernel",
         *(("gated_norm_bwd_sums_kernel",) if arch == "sm_90" else ()),
+        "layer_norm2d_fwd_kernel",
+        "layer_norm2d_bwd_kernel",
     }
     assert {e["dtype"] for e in entries} >= {"bfloat16", "float32", "float64"}
     forms = {e["constants"]["FORM"] for e in main_backward(entries)}
@@ -235,7 +237,7 @@ def test_number_of_rows_is_not_compiled_in(rungs: list[Entry]) -> None:
     variants: dict[tuple[object, ...], dict[str, set[int]]] = {}
     for e in rungs:
         key = (e["arch"], e["kernel"], e["kind"], e["dtype"], e["parameters"], e["cols"])
-        kernels = variants.setdefault((*key, e["padding"], e["terms"]), {})
+        kernels = variants.setdefault((*key, e["padding"], e["terms"], e["positions"]), {})
         kernels.setdefault(e["hash"], set()).add(e["rows"])
     assert any(len(set().union(*kernels.values())) > 1 for kernels in variants.values()), (
         "no kernel was compiled for two numbers of rows"

@@ -24,7 +24,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         *("fusednorm.functional", "fusednorm.modules", "fusednorm.replace"),
         *("fusednorm.arithmetic", "fusednorm.torch_operators"),
     ),
-    ("fusednorm.route", "fusednorm.gated"),
+    ("fusednorm.route", "fusednorm.gated", "fusednorm.channels"),
     ("fusednorm.autograd",),
     ("fusednorm.ops", "fusednorm.backends"),
     ("fusednorm.triton_kernels", "fusednorm.cuda", "fusednorm.csrc", "fusednorm.reference"),

@@ -16,17 +16,20 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import Case, Terms, fused, unfused
 from spies import record_launches
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import fusednorm
 from fusednorm import backends
 from fusednorm.triton_kernels import launch
 from fusednorm.triton_kernels.config import Architecture
 
 SAMPLES, ROWS, COLS = 8, 1024, 4096
+CHANNELS = 2048
 DTYPE = torch.bfloat16
 PROCESSORS = 132
 _CHOICE = backends.Choice("triton", "it is counted")
@@ -34,6 +37,7 @@ _H200 = Architecture(warp_size=32, processors=PROCESSORS, shared_bytes=232448, r
 
 USES: dict[str, dict[str, Any]] = {
     "LayerNorm": {},
+    "LayerNorm, channels first": {"channels": True},
     "RMSNorm": {"rms": True},
     "zero-centred RMSNorm weight": {"rms": True, "scale": "vector", "weight": False},
     "post-norm: Add & Norm, z used": {"residual": True, "stream": False},
@@ -58,6 +62,9 @@ def _meta(*size: int) -> Tensor:
 
 def _case(use: dict[str, Any]) -> Case:
     """Make the inputs of a use on the meta device; all but what is drawn need a gradient."""
+    if "channels" in use:
+        x = _meta(SAMPLES, CHANNELS, ROWS)
+        return Case(x, _meta(CHANNELS), _meta(CHANNELS), x.detach())
     sizes = {"vector": (COLS,), "sampled": (SAMPLES, 1, COLS), "drawn": (SAMPLES, 1, 1)}
     x = _meta(SAMPLES, ROWS, COLS)
     terms = {
@@ -98,6 +105,21 @@ def _unfused(*arguments: Any) -> Any:
         x = torch.native_dropout(x, terms.dropout_p, True)[0] if terms.dropout_p > 0 else x
         terms = replace(terms, rms=False)
     return unfused(x, shape, weight, bias, eps, terms)
+
+
+def _of_channels(x: Tensor, _shape: Any, *arguments: Any) -> Any:
+    weight, bias, eps, _ = arguments
+    return fusednorm.layer_norm2d(x, weight, bias, eps)
+
+
+def _permuted(x: Tensor, _shape: Any, *arguments: Any) -> Any:
+    """Return what models write; the copy that torch's kernel makes is made here, to be counted.
+
+    That of dz in the backward is not counted.
+    """
+    weight, bias, eps, _ = arguments
+    rows = x.movedim(1, -1).contiguous()
+    return F.layer_norm(rows, weight.shape, weight, bias, eps).movedim(-1, 1)
 
 
 class _CountBytes(TorchDispatchMode):
@@ -182,8 +204,11 @@ def table() -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for name, use in USES.items():
-        ours = _count(fused, _kernels(), use)
-        theirs = _count(_unfused, _CountBytes(), use)
+        pair = (_of_channels, _permuted) if "channels" in use else (fused, _unfused)
+        ours, theirs = (
+            _count(function, counter, use)
+            for function, counter in zip(pair, (_kernels(), _CountBytes()), strict=True)
+        )
         pairs = [f"{a:.1f} | {b:.1f}" for a, b in zip(ours, theirs, strict=True)]
         lines.append(f"| {name} | {' | '.join(pairs)} |")
     return "\n".join(lines)

@@ -333,6 +333,78 @@ def partial_rows(
     return max(1, min(steps, most, max(least, cheap)))
 
 
+MOST_CHANNELS = 2048
+"""Channels of [B, C, S] of which a program holds a few positions; more are rows of a permuted
+copy."""
+
+RUN_BYTES = 128
+"""Bytes of a channel that a tile covers where it can hold all channels of as many positions: a line
+of the cache."""
+
+
+def channel_tile(
+    channels: int, positions: int, itemsize: int, arch: Architecture, per_thread: int
+) -> RowTile:
+    """Return the tile of positions, `rows` of them, with all `channels` in chunks of `block_n`.
+
+    Args:
+        channels: C.
+        positions: S, by which a tile is no wider than an image.
+        itemsize: Bytes of the widest element that is read or written, 8 where sums are float64.
+        arch: The device.
+        per_thread: Elements that a thread may hold.
+    """
+    rows = min(RUN_BYTES // itemsize, next_power_of_two(positions))
+    while rows > 1 and rows * channels > MAX_THREADS * per_thread:
+        rows //= 2
+    wanted = next_power_of_two(-(-rows * channels // per_thread))
+    threads = min(MAX_THREADS, max(MIN_THREADS, wanted))
+    # A thread has an address for each channel of a chunk: chunks of one access a thread hold them
+    # one after the other. They are shorter where a quarter of the lanes would be idle.
+    access = threads * VECTOR_BYTES // itemsize
+    block = min(next_power_of_two(channels), max(1, access // rows))
+    while _idle_lanes(channels, block) >= 0.25 and rows * block > threads:
+        block //= 2
+    return RowTile(block, -(-channels // block), rows, threads // arch.warp_size)
+
+
+def channels_forward_tile(
+    channels: int, positions: int, itemsize: int, arch: Architecture
+) -> RowTile:
+    """Return the tile of the forward of [B, C, S]; see `channel_tile`."""
+    return channel_tile(channels, positions, itemsize, arch, 24 if itemsize == 8 else 48)
+
+
+def channels_backward_config(
+    channels: int,
+    positions: int,
+    itemsize: int,
+    arch: Architecture,
+    stream_bytes: int,
+    vector_bytes: int,
+) -> BackwardConfig:
+    """Return the backward launch for tiles of positions of [B, C, S], which keep x and dz.
+
+    Args:
+        channels: C.
+        positions: S.
+        itemsize: Bytes of the widest element that is read or written, 8 where sums are float64.
+        arch: The device.
+        stream_bytes: Bytes that are read for each element of x: those of x and dz.
+        vector_bytes: Bytes of one access at most.
+    """
+    # A thread holds x_hat and g of each element, in 128 registers.
+    tile = channel_tile(channels, positions, itemsize, arch, {2: 16, 4: 16, 8: 8}[itemsize])
+    stage_bytes = stream_bytes * tile.rows * tile.chunks * tile.block_n
+    # A copy of fewer than four bytes is not asynchronous: what is fetched ahead of it would wait in
+    # registers, as float64 leaves none for it.
+    ahead = vector_bytes >= 4 and itemsize < 8
+    num_stages = 2 if ahead and stage_bytes + 1024 <= arch.shared_bytes else 1
+    by_registers = MAX_THREADS // (tile.num_warps * arch.warp_size)
+    by_shared = arch.shared_bytes // ((num_stages - 1) * stage_bytes + 1024)
+    return BackwardConfig(tile, "resident", None, num_stages, max(1, min(by_registers, by_shared)))
+
+
 def finalize_tile(cols: int, arch: Architecture) -> RowTile:
     """Return the tile of partial rows that one step of the finalize kernel adds up.
 

@@ -108,12 +108,30 @@ def resident(stream, norm, tile, eps, RMS: tl.constexpr, C: tl.constexpr):
     hs = ()
     for i in tl.static_range(C.CHUNKS):
         hs += (_load_h(stream, tile, take_chunk(tile, i, C), C),)
+    centred, mean, correction, rstd = row_statistics(hs, tile, eps, RMS, C)
+    for i in tl.static_range(C.CHUNKS):
+        chunk = take_chunk(tile, i, C)
+        store_rows(norm.h, tile, chunk, hs[i], C)
+        x_hat = centred[i] * rstd[:, None]
+        if not RMS:
+            x_hat -= (correction * rstd)[:, None]
+        _store_z(norm, tile, chunk, x_hat, C)
+    return mean, rstd
+
+
+@triton.jit
+def row_statistics(hs, tile, eps, RMS: tl.constexpr, C: tl.constexpr):
+    """Return the chunks of rows less a first mean, the mean, what is left of it in them, and rstd.
+
+    The last three are [ROWS].
+    """
     if RMS:
         centred = hs
         squares = hs[0] * hs[0]
         for i in tl.static_range(1, C.CHUNKS):
             squares += hs[i] * hs[i]
         mean = tl.zeros((C.ROWS,), C.COMPUTE)
+        correction = mean
         rstd = _inverse_deviation(tl.sum(squares, axis=1) / C.N, eps, C)
     else:
         start = sum_chunks(hs) / C.N
@@ -131,14 +149,7 @@ def resident(stream, norm, tile, eps, RMS: tl.constexpr, C: tl.constexpr):
         correction = residue_sum / C.N
         mean = start + correction
         rstd = _inverse_deviation(squares_sum / C.N - correction * correction, eps, C)
-    for i in tl.static_range(C.CHUNKS):
-        chunk = take_chunk(tile, i, C)
-        store_rows(norm.h, tile, chunk, hs[i], C)
-        x_hat = centred[i] * rstd[:, None]
-        if not RMS:
-            x_hat -= (correction * rstd)[:, None]
-        _store_z(norm, tile, chunk, x_hat, C)
-    return mean, rstd
+    return centred, mean, correction, rstd
 
 
 @triton.jit

@@ -1,5 +1,12 @@
+#include "channels.h"
 #include "gated.h"
 #include "levels.h"
 
-const fusednorm::cpu::Kernels fusednorm::cpu::avx2_kernels{
-    "avx2", run_forward, run_backward, run_fold, run_gated_forward, run_gated_backward};
+const fusednorm::cpu::Kernels fusednorm::cpu::avx2_kernels{"avx2",
+                                                           run_forward,
+                                                           run_backward,
+                                                           run_fold,
+                                                           run_gated_forward,
+                                                           run_gated_backward,
+                                                           run_channels_forward,
+                                                           run_channels_backward};

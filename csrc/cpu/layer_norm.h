@@ -27,6 +27,45 @@ struct GatedBackward : fusednorm::GatedBackward {
   int64_t tasks = 1;  // a task is a run of consecutive rows
 };
 
+// [B, C, S] with adjacent positions and batches and channels that far apart; absent where data is
+// null.
+struct Planes {
+  void* data = nullptr;
+  int64_t batch_stride = 0;
+  int64_t channel_stride = 0;
+  DType dtype = DType::none;
+  bool beyond_cache = false;  // as that of Rows
+};
+
+// Norms over the channels: the rows are the B * S positions, those of an image one after the other,
+// and the columns the C channels of a position.
+struct Channels : Problem {
+  int64_t positions() const { return rows_per_sample; }  // S
+
+  int64_t units = 0;  // a unit is a run of positions of one image
+  int64_t units_per_image = 0;
+};
+
+struct ChannelsForward : Channels {
+  double eps = 0.0;
+  Planes x, z;
+  void* mean = nullptr;  // [B, S] of C, or null
+  void* rstd = nullptr;  // [B, S] of C, or null
+};
+
+struct ChannelsBackward : Channels {
+  Planes dz, x;
+  const void* mean = nullptr;  // [B, S] of C; null for RMS
+  const void* rstd = nullptr;  // [B, S] of C
+  Planes dx;                   // written where present
+  void* dweight = nullptr;     // where present: [tasks, C], the sums over the positions of a task
+  void* dbias = nullptr;
+  int64_t tasks = 1;  // a task is a run of consecutive units
+};
+
+// The positions of a unit; its image's last one takes what is left over as well.
+constexpr int64_t unit_positions = 64;
+
 // Adds up partial rows: out[i, :] is the sum of `count` consecutive rows of `partials`.
 struct Fold {
   const void* partials = nullptr;  // [rows * count, N] of C
@@ -48,6 +87,8 @@ struct Kernels {
   // A place is one group of one row.
   void (*gated_forward)(const GatedForward&, int64_t first_place, int64_t last_place);
   void (*gated_backward)(const GatedBackward&, int64_t first_task, int64_t last_task);
+  void (*channels_forward)(const ChannelsForward&, int64_t first_unit, int64_t last_unit);
+  void (*channels_backward)(const ChannelsBackward&, int64_t first_task, int64_t last_task);
 };
 
 // Returns the build in use: the widest that this processor runs, unless another one was asked for.

@@ -1,5 +1,7 @@
+#include "channels.h"
 #include "gated.h"
 #include "levels.h"
 
 const fusednorm::cpu::Kernels fusednorm::cpu::portable_kernels{
-    "portable", run_forward, run_backward, run_fold, run_gated_forward, run_gated_backward};
+    "portable",        run_forward,        run_backward,         run_fold,
+    run_gated_forward, run_gated_backward, run_channels_forward, run_channels_backward};

@@ -21,10 +21,21 @@ import triton
 from triton.runtime import build
 
 import fake_gpu
-from fake_gpu.uses import Call, Use, backward, forward, gated_backward, gated_forward, uses
+from fake_gpu.uses import (
+    Call,
+    Use,
+    backward,
+    channels_backward,
+    channels_forward,
+    forward,
+    gated_backward,
+    gated_forward,
+    uses,
+)
 from fusednorm import backends, ops, torch_operators
 from fusednorm.triton_kernels import plans
 from fusednorm.triton_kernels.backward import layer_norm_bwd
+from fusednorm.triton_kernels.channels import layer_norm2d_bwd, layer_norm2d_fwd
 from fusednorm.triton_kernels.forward import layer_norm_fwd
 from fusednorm.triton_kernels.gated import gated_norm_bwd, gated_norm_fwd
 
@@ -34,10 +45,21 @@ RESULTS = {
     layer_norm_bwd: ("dx", "dresidual", "dgate", "dweight", "dbias", "dscale", "dshift"),
     gated_norm_fwd: ("z", "mean_out", "rstd_out"),
     gated_norm_bwd: ("dx", "dgate_input", "dweight", "dbias"),
+    layer_norm2d_fwd: ("z", "mean_out", "rstd_out"),
+    layer_norm2d_bwd: ("dx", "dweight", "dbias"),
 }
 REPEATERS = ["python", "extension"] if plans._C is not None else ["python"]
 CALLS = [(use, direction) for use in uses() for direction in ("forward", "backward")]
 CALLS += [(Use("layer_norm"), "inference"), (Use("add_norm", residual=True), "inference")]
+CALLS += [
+    (use, direction)
+    for use in (
+        Use("channels", cols=96, rows=256),
+        Use("channels_of_rms", cols=33, rows=196, dtype="float32", rms=True),
+        Use("slice_of_channels", cols=96, rows=256, padding=3, trained=False),
+    )
+    for direction in ("channels_forward", "channels_backward")
+]
 
 
 def addresses(launcher: Launcher, call: Call, results: Any) -> dict[int, str]:
@@ -115,6 +137,8 @@ def launcher_and_call(direction: str, use: Use) -> tuple[Launcher, Call]:
         "forward": lambda: (layer_norm_fwd, forward(use)),
         "inference": lambda: (layer_norm_fwd, forward(use, save_stats=False)),
         "backward": lambda: (layer_norm_bwd, backward(use)),
+        "channels_forward": lambda: (layer_norm2d_fwd, channels_forward(use)),
+        "channels_backward": lambda: (layer_norm2d_bwd, channels_backward(use)),
     }[direction]()
 
 

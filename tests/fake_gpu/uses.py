@@ -176,6 +176,26 @@ def gated_backward(use: Use) -> Call:
     return Call((*tensors.values(), *options), tensors)
 
 
+def channels_forward(use: Use) -> Call:
+    """Return a call of the forward of norms over dimension 1."""
+    tensors = {"x": _planes(use), **_affine(use)}
+    return Call((*tensors.values(), 1e-6, use.rms, DTYPES[use.dtype], True), tensors)
+
+
+def channels_backward(use: Use) -> Call:
+    """Return a call of the backward of norms over dimension 1."""
+    statistics = torch.float64 if use.dtype == "float64" else torch.float32
+    rstd = torch.ones(use.rows, dtype=statistics)
+    mean = None if use.rms else rstd.clone()
+    tensors = {"dz": _planes(use), "x": _planes(use), "mean": mean, "rstd": rstd, **_affine(use)}
+    return Call((*tensors.values(), (True, use.trained, use.trained)), tensors)
+
+
+def _planes(use: Use) -> Tensor:
+    whole = torch.ones(SAMPLES, use.cols + use.padding, use.rows // SAMPLES)
+    return whole.to(DTYPES[use.dtype])[:, : use.cols]
+
+
 def _rows(use: Use) -> Tensor:
     padded = torch.ones(use.rows, use.cols + use.padding, dtype=DTYPES[use.dtype])
     return padded[:, : use.cols]
