@@ -177,6 +177,17 @@ def _fusednorm(backend: str, device: torch.device) -> Provider:
     return Provider(f"fusednorm-{backend}", fusednorm.__version__, norms, scope)
 
 
+def _enabled(device: torch.device) -> Provider:
+    """Torch's norms with our kernels below them."""
+    scope = functools.partial(fusednorm.enable, device.type)
+    try:
+        with scope():
+            pass
+    except ValueError as error:
+        raise MissingError(str(error)) from None
+    return Provider("fusednorm-enabled", fusednorm.__version__, UNFUSED, scope)
+
+
 def _package(name: str, module: str, device: torch.device, kind: str = "cuda") -> tuple[Any, str]:
     """Import a peer that runs on one kind of device; return its module and its version."""
     try:
@@ -340,6 +351,7 @@ MAKERS: dict[str, Callable[[torch.device], Provider]] = {
     "torch.compile": _compiled,
     "fusednorm": _automatic,
     **{f"fusednorm-{name}": functools.partial(_fusednorm, name) for name in backends.NAMES},
+    "fusednorm-enabled": _enabled,
     "onnxruntime": _onnxruntime,
     "liger": _liger,
     "quack": _quack,

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstring>
 #include <memory>
+#include <stdexcept>
 #include <vector>
 
 #include "equation.h"
@@ -115,12 +116,25 @@ inline Dims contiguous_strides(Span sizes) {
   return strides;
 }
 
+struct Device {
+  int32_t type = aoti_torch_device_type_cpu(), index = 0;
+
+  bool operator==(const Device& other) const { return type == other.type && index == other.index; }
+};
+
+inline Device device_of(AtenTensorHandle tensor) {
+  Device device;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor, &device.type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(tensor, &device.index));
+  return device;
+}
+
 // Allocates a contiguous tensor, past the dispatcher.
-inline Tensor empty(Span sizes, DType dtype) {
+inline Tensor empty(Span sizes, DType dtype, Device device = {}) {
   AtenTensorHandle tensor;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(sizes.count, sizes.data,
                                                   contiguous_strides(sizes).data, code(dtype),
-                                                  aoti_torch_device_type_cpu(), 0, &tensor));
+                                                  device.type, device.index, &tensor));
   return Tensor(tensor);
 }
 
@@ -131,15 +145,15 @@ inline Tensor undefined() {
 }
 
 inline Tensor contiguous(AtenTensorHandle tensor, DType dtype) {
-  Tensor copy = empty(sizes(tensor), dtype);
+  Tensor copy = empty(sizes(tensor), dtype, device_of(tensor));
   TORCH_ERROR_CODE_CHECK(aoti_torch_copy_(copy.get(), tensor, 0));
   return copy;
 }
 
 // The values on a stack: arguments, which it owns until they are handed on, then results.
 //
-// `kinds` names the arguments: (t)ensor, int(s), (f)loat and bool(m)ask; a capital letter is an
-// optional one.
+// `kinds` names the arguments: (t)ensor, int(s), (f)loat, (b)ool, (d)type and bool(m)ask; a capital
+// letter is an optional one.
 class Stack {
  public:
   Stack(StableIValue* values, const char* kinds) : values_(values), kinds_(kinds) {}
@@ -177,6 +191,24 @@ class Stack {
     StableIValue value;
     TORCH_ERROR_CODE_CHECK(torch_list_get_item(get<StableListHandle>(i), k, &value));
     return torch::stable::detail::to<T>(value);
+  }
+
+  // None for one that is absent.
+  DType dtype(int i) const {
+    if (!has(i)) return DType::none;
+    const DType found = boxed::dtype(get<int32_t>(i));
+    if (found == DType::none)
+      throw std::runtime_error("fusednorm: a dtype that the kernels do not have");
+    return found;
+  }
+
+  // Whether an argument is a list of the last of these sizes, and not an empty one.
+  bool is_end_of(int list, Span sizes) const {
+    const int64_t length = count(list);
+    if (length == 0 || length > sizes.count) return false;
+    for (int64_t i = 0; i < length; ++i)
+      if (item<int64_t>(list, i) != sizes[sizes.count - length + i]) return false;
+    return true;
   }
 
   // Takes a tensor from the stack; null for one that is absent.
@@ -223,6 +255,21 @@ class Stack {
 // Tensors of shape [*leading, *normalized_shape] as rows. What it has to copy lives as long.
 class Layout {
  public:
+  using Tensor = AtenTensorHandle;
+  using Owned = boxed::Tensor;
+  using Shape = int64_t;  // the number of normalised dimensions
+
+  static void* address(Tensor tensor) { return boxed::address(tensor); }
+  static DType dtype_of(Tensor tensor) { return boxed::dtype_of(tensor); }
+  static int64_t size(Tensor tensor, int dim) { return sizes(tensor)[dim]; }
+  static void zero(Tensor tensor) { TORCH_ERROR_CODE_CHECK(aoti_torch_zero_(tensor)); }
+  static Owned empty_like(Tensor tensor, DType dtype) {
+    return empty(sizes(tensor), dtype, device_of(tensor));
+  }
+  static Owned new_vector(Tensor like, int64_t elements, DType dtype) {
+    return empty({&elements, 1}, dtype, device_of(like));
+  }
+
   Layout(AtenTensorHandle tensor, int64_t normalized_dims)
       : leading_(sizes(tensor).count - normalized_dims),
         rows_(sizes(tensor).first(leading_).product()),
@@ -244,9 +291,9 @@ class Layout {
   }
 
   // Rows that have just been allocated, or none.
-  Rows fresh(const Tensor& tensor) const {
+  Rows fresh(const Owned& tensor, DType dtype) const {
     if (!tensor) return {};
-    return {address(tensor.get()), cols_, dtype_of(tensor.get())};
+    return {address(tensor.get()), cols_, dtype};
   }
 
   // A weight, a bias or the gradient of one.
@@ -256,7 +303,18 @@ class Layout {
     return {address(tensor), 0, false, dtype_of(tensor)};
   }
 
-  AtenTensorHandle keep(Tensor copy) {
+  // A gate, scale or shift, [1 or S, N or 1].
+  Term term(AtenTensorHandle tensor) {
+    if (tensor == nullptr) return {};
+    const Span size = sizes(tensor);
+    const bool is_number = size[1] < cols_;
+    if (!is_number && cols_ > 1 && strides(tensor)[1] != 1)
+      tensor = keep(contiguous(tensor, dtype_of(tensor)));
+    const int64_t distance = size[0] == 1 ? 0 : strides(tensor)[0];
+    return {address(tensor), distance, is_number, dtype_of(tensor)};
+  }
+
+  AtenTensorHandle keep(Owned copy) {
     kept_.push_back(std::move(copy));
     return kept_.back().get();
   }
@@ -282,7 +340,7 @@ class Layout {
   }
 
   int64_t leading_, rows_, cols_;
-  std::vector<Tensor> kept_;
+  std::vector<Owned> kept_;
 };
 
 }  // namespace fusednorm::boxed

@@ -1,35 +1,35 @@
 // The CPU kernels as functions of Python.
 #include "cpu_ops.h"
 
-#include "calls.h"
 #include "channel_calls.h"
 #include "cpu_launch.h"
 #include "gated_calls.h"
+#include "python_calls.h"
 
 namespace fusednorm {
 namespace {
 
 PyObject* forward(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   return call([&] {
-    ForwardCall forward(named<ForwardArguments>(arguments, count));
+    ForwardCall<Layout> forward(read_forward(arguments, count));
     if (!forward.is_empty()) {
       const WithoutGil unlocked;
       cpu::run(forward.p);
     }
-    return forward.outputs();
+    return outputs(forward);
   });
 }
 
 PyObject* backward(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   return call([&] {
-    BackwardCall<cpu::Backward> backward(named<BackwardArguments>(arguments, count));
+    BackwardCall<cpu::Backward, Layout> backward(read_backward(arguments, count));
     if (!backward.is_empty()) {
       const cpu::Terms terms{backward.dgate(), backward.dweight(), backward.dbias(),
                              backward.dscale(), backward.dshift()};
       const WithoutGil unlocked;
       cpu::run(backward.p, terms);
     }
-    return backward.outputs();
+    return outputs(backward);
   });
 }
 
@@ -40,7 +40,7 @@ PyObject* gated_forward(PyObject*, PyObject* const* arguments, Py_ssize_t count)
       const WithoutGil unlocked;
       cpu::run(forward.p);
     }
-    return forward.outputs();
+    return outputs(forward);
   });
 }
 
@@ -52,7 +52,7 @@ PyObject* gated_backward(PyObject*, PyObject* const* arguments, Py_ssize_t count
       const WithoutGil unlocked;
       cpu::run(backward.p, dweight, dbias);
     }
-    return backward.outputs();
+    return outputs(backward);
   });
 }
 

@@ -3,8 +3,8 @@
 
 #include <stdexcept>
 
-#include "calls.h"
 #include "cuda/layer_norm.h"
+#include "python_calls.h"
 
 namespace fusednorm {
 namespace {
@@ -16,14 +16,14 @@ void check(const char* error) {
 // The arguments end with the address of the stream.
 PyObject* forward(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   return call([&] {
-    const ForwardCall forward(named<ForwardArguments>(arguments, count - 1));
+    const ForwardCall<Layout> forward(read_forward(arguments, count - 1));
     void* const stream = PyLong_AsVoidPtr(arguments[count - 1]);
     if (!forward.is_empty()) check(cuda::layer_norm_fwd(forward.p, stream));
-    return forward.outputs();
+    return outputs(forward);
   });
 }
 
-void launch(BackwardCall<cuda::Backward>& backward, PyObject* h, void* stream) {
+void launch(BackwardCall<cuda::Backward, Layout>& backward, PyObject* h, void* stream) {
   cuda::Backward& p = backward.p;
   const Term dweight = backward.dweight(), dbias = backward.dbias();
   const Term& either = dweight.data ? dweight : dbias;
@@ -46,10 +46,10 @@ void launch(BackwardCall<cuda::Backward>& backward, PyObject* h, void* stream) {
 
 PyObject* backward(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   return call([&] {
-    BackwardCall<cuda::Backward> backward(named<BackwardArguments>(arguments, count - 1));
+    BackwardCall<cuda::Backward, Layout> backward(read_backward(arguments, count - 1));
     void* const stream = PyLong_AsVoidPtr(arguments[count - 1]);
     if (!backward.is_empty()) launch(backward, arguments[3], stream);
-    return backward.outputs();
+    return outputs(backward);
   });
 }
 

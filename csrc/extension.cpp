@@ -2,6 +2,7 @@
 #include "cpu_ops.h"
 #include "eager.h"
 #include "operators.h"
+#include "own_operators.h"
 #include "triton_launch.h"
 #ifdef FUSEDNORM_CUDA
 #include "cuda_ops.h"
@@ -18,6 +19,7 @@ PyMODINIT_FUNC PyInit__C() {
   if (PyModule_AddFunctions(created, fusednorm::cpu_methods) < 0) return nullptr;
   if (PyModule_AddFunctions(created, fusednorm::triton_methods) < 0) return nullptr;
   if (PyModule_AddFunctions(created, fusednorm::operator_methods) < 0) return nullptr;
+  if (PyModule_AddFunctions(created, fusednorm::own_operator_methods) < 0) return nullptr;
 #ifdef FUSEDNORM_CUDA
   if (PyModule_AddFunctions(created, fusednorm::cuda_methods) < 0) return nullptr;
 #endif

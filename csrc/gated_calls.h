@@ -27,8 +27,8 @@ void describe_gated(Gated& p, Layout& layout, const Arguments& a) {
   p.x_hat_dtype = dtype(a.x_hat_dtype);
   p.x = layout.rows(a.x);
   p.gate_input = layout.rows(a.gate_input);
-  p.weight = layout.vector(a.weight);
-  p.bias = layout.vector(a.bias);
+  p.weight = layout.vector(given(a.weight));
+  p.bias = layout.vector(given(a.bias));
 }
 
 class GatedForwardCall {
@@ -42,27 +42,30 @@ class GatedForwardCall {
       const int64_t size = layout_.cols() == 0 ? 1 : integer(a.group_size);
       const long long places = layout_.row_count() * layout_.cols() / size;
       const Ref shape(Py_BuildValue("(L)", places));
-      rstd_ = new_empty(a.x, shape, p.compute);
-      if (!p.rms) mean_ = empty_like(rstd_.get(), p.compute);
+      rstd = new_empty(a.x, shape, p.compute);
+      if (!p.rms) mean = empty_like(rstd.get(), p.compute);
     }
     const DType out_dtype = dtype(a.out_dtype);
-    z_ = empty_like(a.x, out_dtype);
+    z = empty_like(a.x, out_dtype);
     if (is_empty()) return;
     describe_gated(p, layout_, a);
-    p.z = layout_.fresh(z_, out_dtype);
-    if (mean_) p.mean = address(mean_.get());
-    if (rstd_) p.rstd = address(rstd_.get());
+    p.z = layout_.fresh(z, out_dtype);
+    if (mean) p.mean = address(mean.get());
+    if (rstd) p.rstd = address(rstd.get());
   }
 
   bool is_empty() const { return layout_.is_empty(); }
-  PyObject* outputs() const { return pack(z_, mean_, rstd_); }
 
   GatedForward p;
+  Ref z, mean, rstd;
 
  private:
   Layout layout_;
-  Ref z_, mean_, rstd_;
 };
+
+inline PyObject* outputs(const GatedForwardCall& call) {
+  return pack(call.z, call.mean, call.rstd);
+}
 
 // B is the GatedBackward of a device.
 template <class B>
@@ -72,11 +75,10 @@ class GatedBackwardCall {
     PyObject* const inputs[] = {a.x, a.gate_input, a.weight, a.bias};
     for (int i = 0; i < 4; ++i) {
       const bool wanted = flag(Ref(PySequence_GetItem(a.output_mask, i)).get());
-      if (wanted && inputs[i] != Py_None)
-        gradients_[i] = empty_like(inputs[i], dtype_of(inputs[i]));
+      if (wanted && inputs[i] != Py_None) gradients[i] = empty_like(inputs[i], dtype_of(inputs[i]));
     }
     if (is_empty()) {
-      for (const Ref& gradient : gradients_)
+      for (const Ref& gradient : gradients)
         if (gradient) invoke(gradient.get(), names().zero.get());
       return;
     }
@@ -86,24 +88,26 @@ class GatedBackwardCall {
     p.dz = layout_.rows(a.dz);
     p.mean = address(a.mean);
     p.rstd = address(a.rstd);
-    p.dx = layout_.fresh(gradients_[0], p.x.dtype);
-    p.dgate_input = layout_.fresh(gradients_[1], p.gate_input.dtype);
+    p.dx = layout_.fresh(gradients[0], p.x.dtype);
+    p.dgate_input = layout_.fresh(gradients[1], p.gate_input.dtype);
   }
 
   bool is_empty() const { return layout_.is_empty(); }
 
-  Term dweight() { return gradients_[2] ? layout_.vector(gradients_[2].get()) : Term{}; }
-  Term dbias() { return gradients_[3] ? layout_.vector(gradients_[3].get()) : Term{}; }
-
-  PyObject* outputs() const {
-    return pack(gradients_[0], gradients_[1], gradients_[2], gradients_[3]);
-  }
+  Term dweight() { return gradients[2] ? layout_.vector(gradients[2].get()) : Term{}; }
+  Term dbias() { return gradients[3] ? layout_.vector(gradients[3].get()) : Term{}; }
 
   B p;
+  Ref gradients[4];  // of x, gate_input, weight and bias
 
  private:
   Layout layout_;
-  Ref gradients_[4];  // of x, gate_input, weight and bias
 };
+
+template <class B>
+PyObject* outputs(const GatedBackwardCall<B>& call) {
+  const auto& [dx, dgate_input, dweight, dbias] = call.gradients;
+  return pack(dx, dgate_input, dweight, dbias);
+}
 
 }  // namespace fusednorm

@@ -50,6 +50,9 @@ Ref invoke(PyObject* object, PyObject* method, Objects*... arguments) {
   return Ref(PyObject_CallMethodObjArgs(object, method, arguments..., end));
 }
 
+// An argument, or null for None.
+inline PyObject* given(PyObject* object) { return object == Py_None ? nullptr : object; }
+
 inline int64_t integer(PyObject* object) {
   const int64_t value = PyLong_AsLongLong(object);
   if (value == -1 && PyErr_Occurred()) throw Raised{};

@@ -1,15 +1,14 @@
-// The CPU kernels as torch's own operators, boxed: no Python between torch.nn.functional and a
-// kernel. What the kernels do not do is handed to Python, which has what was there before.
+// Our kernels as torch's own operators, boxed: no Python between torch.nn.functional and a kernel
+// of the CPU, nor a launch that is repeated. What they do not do is handed to Python, which has
+// what was there before.
 #include "operators.h"
 
 #include <atomic>
 #include <cfloat>
-#include <stdexcept>
-#include <string>
 
-#include "boxed.h"
 #include "cpu_launch.h"
-#include "objects.h"
+#include "fallback.h"
+#include "triton_launch.h"
 
 namespace fusednorm {
 namespace {
@@ -27,112 +26,15 @@ constexpr const char* operator_names[] = {"native_layer_norm", "native_layer_nor
 // Calls that the kernels served.
 std::atomic<int64_t> served[operator_count];
 
-// What serves the others, called with an operator's arguments; set before it can be needed, and
-// read under Python's lock.
-PyObject* others[operator_count];
-
-// ------------------------------------------------------------------------------------------------
-// Handing a call on
-
-class WithGil {
- public:
-  WithGil() : state_(PyGILState_Ensure()) {}
-  ~WithGil() { PyGILState_Release(state_); }
-
- private:
-  PyGILState_STATE state_;
-};
-
-// How torch's Python and the stable ABI exchange tensors.
-struct Exchange {
-  Ref module{PyImport_ImportModule("torch._C._aoti")};
-  Ref wrap = member(module, "alloc_tensors_by_stealing_from_void_ptrs");
-  Ref unwrap = member(module, "unsafe_alloc_void_ptr_from_tensor");
-};
-
-const Exchange& exchange() {
-  static const Exchange& exchange = *new Exchange;  // as names()
-  return exchange;
-}
-
-template <class Item>
-Ref list(int64_t count, Item&& item) {
-  Ref list(PyList_New(count));
-  for (int64_t i = 0; i < count; ++i) PyList_SetItem(list.get(), i, item(i).release());
-  return list;
-}
-
-Ref wrap(Tensor tensor) {
-  Ref capsule(PyCapsule_New(tensor.get(), nullptr, nullptr));
-  const Ref one = list(1, [&](int64_t) { return std::move(capsule); });
-  const Ref wrapped(PyObject_CallFunctionObjArgs(exchange().wrap.get(), one.get(), nullptr));
-  tensor.release();
-  return Ref(PySequence_GetItem(wrapped.get(), 0));
-}
-
-Tensor unwrap(PyObject* tensor) {
-  if (tensor == Py_None) return nullptr;
-  const Ref capsule(PyObject_CallFunctionObjArgs(exchange().unwrap.get(), tensor, nullptr));
-  void* const handle = PyCapsule_GetPointer(capsule.get(), nullptr);
-  if (handle == nullptr) throw Raised{};
-  return Tensor(static_cast<AtenTensorHandle>(handle));
-}
-
-// Takes an argument from the stack to Python.
-Ref to_python(Stack& stack, int i) {
-  if (!stack.has(i)) return shared(Py_None);
-  switch (stack.kinds()[i] | 0x20) {
-    case 't': return stack.tensor(i) ? wrap(stack.take(i)) : shared(Py_None);
-    case 's':
-      return list(stack.count(i),
-                  [&](int64_t k) { return Ref(PyLong_FromLongLong(stack.item<int64_t>(i, k))); });
-    case 'm':
-      return list(stack.count(i),
-                  [&](int64_t k) { return Ref(PyBool_FromLong(stack.item<bool>(i, k))); });
-    default: return Ref(PyFloat_FromDouble(stack.get<double>(i)));
-  }
-}
-
-// The text of the exception that is set; it is cleared.
-std::string message() {
-  PyObject *type, *value, *traceback;
-  PyErr_Fetch(&type, &value, &traceback);
-  PyErr_NormalizeException(&type, &value, &traceback);
-  PyObject* const text = value ? PyObject_Str(value) : nullptr;
-  PyObject* const bytes = text ? PyUnicode_AsUTF8String(text) : nullptr;
-  const std::string result = bytes ? PyBytes_AsString(bytes) : "an error without a message";
-  for (PyObject* object : {bytes, text, type, value, traceback}) Py_XDECREF(object);
-  PyErr_Clear();
-  return result;
-}
-
-// Lets Python serve the call. Torch makes a RuntimeError of every error that comes out of an
-// extension; its text is the one that was raised.
-void hand_on(Stack& stack, Operator which) {
-  const WithGil locked;
-  try {
-    const Ref function = shared(others[which]);
-    const int count = int(strlen(stack.kinds()));
-    const Ref arguments(PyTuple_New(count));
-    for (int i = 0; i < count; ++i)
-      PyTuple_SetItem(arguments.get(), i, to_python(stack, i).release());
-    const Ref results(PyObject_CallObject(function.get(), arguments.get()));
-    std::vector<Tensor> tensors;
-    for (Py_ssize_t i = 0; i < PyTuple_Size(results.get()); ++i)
-      tensors.push_back(unwrap(PyTuple_GetItem(results.get(), i)));
-    stack.finish(tensors);
-  } catch (const Raised&) {
-    throw std::runtime_error(message());
-  }
-}
-
-// Serves a call by `kernel`, which returns false before it has done anything where it cannot.
-void serve(StableIValue* values, const char* kinds, Operator which, bool (*kernel)(Stack&)) {
+// Serves a call by `kernel`, which returns false before it has done anything where it cannot, and
+// then by the function of Python's for that operator.
+void serve(StableIValue* values, const char* kinds, Operator which, bool (*kernel)(Stack&),
+           PyObject* const* others) {
   Stack stack(values, kinds);
   if (kernel(stack))
     served[which].fetch_add(1, std::memory_order_relaxed);
   else
-    hand_on(stack, which);
+    boxed::hand_on(stack, others[which]);
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -196,15 +98,6 @@ const void* exact_statistic(AtenTensorHandle given, DType compute, Layout& layou
 // ------------------------------------------------------------------------------------------------
 // Torch's operators
 
-// Whether an argument is a list of x's last sizes.
-bool ends_with(const Stack& stack, int list, Span sizes) {
-  const int64_t count = stack.count(list);
-  if (count == 0 || count > sizes.count) return false;
-  for (int64_t i = 0; i < count; ++i)
-    if (stack.item<int64_t>(list, i) != sizes[sizes.count - count + i]) return false;
-  return true;
-}
-
 // What an operator is given: an input, the argument that is the normalized_shape, parameters.
 struct Norm {
   AtenTensorHandle x;
@@ -215,11 +108,11 @@ struct Norm {
 
   // Whether the kernels serve it; dims and dtype are set where they do.
   bool is_served(const Stack& stack) {
-    if (x == nullptr || !boxed::is_on_cpu(x)) return false;
+    if (x == nullptr) return false;
     const Span sizes = boxed::sizes(x);
     dtype = boxed::dtype_of(x);
     if (dtype == DType::none || sizes.count > boxed::max_dims || sizes.product() == 0 ||
-        !ends_with(stack, shape, sizes))
+        !stack.is_end_of(shape, sizes))
       return false;
     dims = stack.count(shape);
     if (weight && bias && boxed::dtype_of(weight) != boxed::dtype_of(bias)) return false;
@@ -239,8 +132,25 @@ struct Norm {
     if (tensor == nullptr) return true;
     const DType own = boxed::dtype_of(tensor);
     return (own == dtype || (boxed::is_half(dtype) && own == DType::f32)) &&
-           boxed::is_on_cpu(tensor) && boxed::sizes(tensor) == boxed::sizes(x).last(dims);
+           boxed::device_of(tensor) == boxed::device_of(x) &&
+           boxed::sizes(tensor) == boxed::sizes(x).last(dims);
   }
+};
+
+struct Gradient;
+
+// What serves a kind of device; false where Python is to serve the call. `others` are Python's,
+// called with an operator's arguments; set before they can be needed, and read under its lock.
+struct OnCpu {
+  static bool forward(Stack&, const Norm&, double eps, bool rms);
+  static bool backward(const Norm&, const Gradient&, Tensor (&results)[3]);
+  inline static PyObject* others[operator_count];
+};
+
+struct ByPlans {
+  static bool forward(Stack&, const Norm&, double eps, bool rms);
+  static bool backward(const Norm&, const Gradient&, Tensor (&results)[3]);
+  inline static PyObject* others[operator_count];
 };
 
 void describe(Problem& p, const Norm& norm, Layout& layout, bool rms) {
@@ -262,7 +172,8 @@ boxed::Dims statistics_shape(const Norm& norm) {
   return shape;
 }
 
-bool forward(Stack& stack, const Norm& norm, double eps, bool rms) {
+bool OnCpu::forward(Stack& stack, const Norm& norm, double eps, bool rms) {
+  if (!boxed::is_on_cpu(norm.x)) return false;
   Layout layout(norm.x, norm.dims);
   const boxed::Dims stats = statistics_shape(norm);
   const DType dtype = rms ? norm.compute() : norm.statistics();
@@ -273,7 +184,7 @@ bool forward(Stack& stack, const Norm& norm, double eps, bool rms) {
   describe(p, norm, layout, rms);
   p.eps = eps;
   p.x = layout.rows(norm.x);
-  p.z = layout.fresh(z);
+  p.z = layout.fresh(z, norm.dtype);
   p.mean = mean.exact;
   p.rstd = rstd.exact;
   cpu::run(p);
@@ -289,25 +200,33 @@ bool forward(Stack& stack, const Norm& norm, double eps, bool rms) {
   return true;
 }
 
-// Results are the gradients of x, weight and bias, those that `wanted` names.
-bool backward(Norm& norm, AtenTensorHandle dz, AtenTensorHandle mean, AtenTensorHandle rstd,
-              bool rms, const bool (&wanted)[3], Tensor (&results)[3]) {
-  if (dz == nullptr || rstd == nullptr || (!rms && mean == nullptr) || !boxed::is_on_cpu(dz) ||
-      boxed::dtype_of(dz) != norm.dtype || !(boxed::sizes(dz) == boxed::sizes(norm.x)) ||
-      (wanted[1] && !norm.weight) || (wanted[2] && !norm.bias))
-    return false;
+// A backward: what it is given beside the norm.
+struct Gradient {
+  AtenTensorHandle dz, mean, rstd;
+  bool rms;
+  bool wanted[3];  // of x, weight and bias
+
+  bool fits(const Norm& norm) const {
+    return dz && rstd && (rms || mean) && boxed::device_of(dz) == boxed::device_of(norm.x) &&
+           boxed::dtype_of(dz) == norm.dtype && boxed::sizes(dz) == boxed::sizes(norm.x) &&
+           !(wanted[1] && !norm.weight) && !(wanted[2] && !norm.bias);
+  }
+};
+
+bool OnCpu::backward(const Norm& norm, const Gradient& g, Tensor (&results)[3]) {
+  if (!boxed::is_on_cpu(norm.x)) return false;
   Layout layout(norm.x, norm.dims);
   cpu::Backward p;
-  describe(p, norm, layout, rms);
-  p.rstd = exact_statistic(rstd, p.compute, layout);
-  if (!rms) p.mean = exact_statistic(mean, p.compute, layout);
-  if (p.rstd == nullptr || (!rms && p.mean == nullptr)) return false;
+  describe(p, norm, layout, g.rms);
+  p.rstd = exact_statistic(g.rstd, p.compute, layout);
+  if (!g.rms) p.mean = exact_statistic(g.mean, p.compute, layout);
+  if (p.rstd == nullptr || (!g.rms && p.mean == nullptr)) return false;
   const AtenTensorHandle like[] = {norm.x, norm.weight, norm.bias};
   for (int i = 0; i < 3; ++i)
-    if (wanted[i]) results[i] = boxed::empty(boxed::sizes(like[i]), boxed::dtype_of(like[i]));
-  p.dz = layout.rows(dz);
+    if (g.wanted[i]) results[i] = boxed::empty(boxed::sizes(like[i]), boxed::dtype_of(like[i]));
+  p.dz = layout.rows(g.dz);
   p.h = layout.rows(norm.x);
-  p.dx = layout.fresh(results[0]);
+  p.dx = layout.fresh(results[0], norm.dtype);
   cpu::Terms terms;
   terms.dweight = layout.vector(results[1].get());
   terms.dbias = layout.vector(results[2].get());
@@ -315,26 +234,89 @@ bool backward(Norm& norm, AtenTensorHandle dz, AtenTensorHandle mean, AtenTensor
   return true;
 }
 
+// A statistic [M] in the shape that torch gives it, of the same memory.
+Tensor in_shape(const Tensor& statistic, Span shape) {
+  AtenTensorHandle view;
+  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(
+      statistic.get(), shape.count, shape.data, boxed::contiguous_strides(shape).data, 0, &view));
+  return Tensor(view);
+}
+
+bool ByPlans::forward(Stack& stack, const Norm& norm, double eps, bool rms) {
+  const DType none = DType::none;
+  ForwardCall<Layout> call({norm.x, nullptr, nullptr, norm.weight, norm.bias, nullptr, nullptr,
+                            nullptr, norm.dims, eps, rms, 0.0, norm.dtype, none, none, true,
+                            false});
+  if (!repeat(call, norm.x)) return false;
+  const boxed::Dims shape = statistics_shape(norm);
+  if (rms) {
+    Tensor results[] = {std::move(call.z), in_shape(call.rstd, shape)};
+    stack.finish(results);
+    return true;
+  }
+  Tensor results[] = {std::move(call.z), in_shape(call.mean, shape), in_shape(call.rstd, shape)};
+  stack.finish(results);
+  return true;
+}
+
+bool ByPlans::backward(const Norm& norm, const Gradient& g, Tensor (&results)[3]) {
+  const auto fits = [&](AtenTensorHandle statistic) {
+    return boxed::dtype_of(statistic) == norm.compute() && boxed::is_contiguous(statistic) &&
+           boxed::sizes(statistic) == Span(statistics_shape(norm));
+  };
+  if (!fits(g.rstd) || !(g.rms || fits(g.mean))) return false;
+  BackwardCall<Backward, Layout> call(
+      {g.dz,
+       nullptr,
+       nullptr,
+       norm.x,
+       g.rms ? nullptr : g.mean,
+       g.rstd,
+       nullptr,
+       norm.weight,
+       norm.bias,
+       nullptr,
+       nullptr,
+       nullptr,
+       norm.dims,
+       0.0,
+       norm.dtype,
+       norm.dtype,
+       DType::none,
+       {g.wanted[0], false, false, g.wanted[1], g.wanted[2], false, false}});
+  if (!repeat(call, norm.x)) return false;
+  for (int i : {0, 1, 2}) results[i] = std::move(call.gradients[i == 0 ? 0 : 2 + i]);
+  return true;
+}
+
 // native_layer_norm(input, normalized_shape, weight, bias, eps)
+template <class Where>
 void native_layer_norm(StableIValue* values, uint64_t, uint64_t) {
-  serve(values, "tsTTf", layer_norm_fwd, [](Stack& stack) {
+  const auto kernel = [](Stack& stack) {
     Norm norm{stack.tensor(0), 1, stack.tensor(2), stack.tensor(3)};
-    return norm.is_served(stack) && forward(stack, norm, stack.get<double>(4), false);
-  });
+    return norm.is_served(stack) && Where::forward(stack, norm, stack.get<double>(4), false);
+  };
+  serve(values, "tsTTf", layer_norm_fwd, kernel, Where::others);
 }
 
 // native_layer_norm_backward(grad_out, input, normalized_shape, mean, rstd, weight, bias, mask)
+template <class Where>
 void native_layer_norm_backward(StableIValue* values, uint64_t, uint64_t) {
-  serve(values, "ttsttTTm", layer_norm_bwd, [](Stack& stack) {
+  const auto kernel = [](Stack& stack) {
     Norm norm{stack.tensor(1), 2, stack.tensor(5), stack.tensor(6)};
-    const bool wanted[] = {stack.item<bool>(7, 0), stack.item<bool>(7, 1), stack.item<bool>(7, 2)};
+    const auto wanted = [&](int i) { return stack.item<bool>(7, i); };
+    const Gradient gradient{stack.tensor(0),
+                            stack.tensor(3),
+                            stack.tensor(4),
+                            false,
+                            {wanted(0), wanted(1), wanted(2)}};
     Tensor results[3];
-    if (!norm.is_served(stack) ||
-        !backward(norm, stack.tensor(0), stack.tensor(3), stack.tensor(4), false, wanted, results))
+    if (!norm.is_served(stack) || !gradient.fits(norm) || !Where::backward(norm, gradient, results))
       return false;
     stack.finish(results);
     return true;
-  });
+  };
+  serve(values, "ttsttTTm", layer_norm_bwd, kernel, Where::others);
 }
 
 // Whether torch keeps the order of x's dimensions in memory for the result of an RMS norm.
@@ -351,28 +333,35 @@ bool is_channels_last(AtenTensorHandle x) {
 }
 
 // _fused_rms_norm(input, normalized_shape, weight, eps)
+template <class Where>
 void fused_rms_norm(StableIValue* values, uint64_t, uint64_t) {
-  serve(values, "tsTF", rms_norm_fwd, [](Stack& stack) {
+  const auto kernel = [](Stack& stack) {
     Norm norm{stack.tensor(0), 1, stack.tensor(2), nullptr};
     if (!norm.is_served(stack) || is_channels_last(norm.x)) return false;
     const double least = norm.compute() == DType::f64 ? DBL_EPSILON : FLT_EPSILON;
-    return forward(stack, norm, stack.has(3) ? stack.get<double>(3) : least, true);
-  });
+    return Where::forward(stack, norm, stack.has(3) ? stack.get<double>(3) : least, true);
+  };
+  serve(values, "tsTF", rms_norm_fwd, kernel, Where::others);
 }
 
 // _fused_rms_norm_backward(grad_out, input, normalized_shape, rstd, weight, mask)
+template <class Where>
 void fused_rms_norm_backward(StableIValue* values, uint64_t, uint64_t) {
-  serve(values, "ttstTm", rms_norm_bwd, [](Stack& stack) {
+  const auto kernel = [](Stack& stack) {
     Norm norm{stack.tensor(1), 2, stack.tensor(4), nullptr};
-    const bool wanted[] = {stack.item<bool>(5, 0), stack.item<bool>(5, 1), false};
+    const Gradient gradient{stack.tensor(0),
+                            nullptr,
+                            stack.tensor(3),
+                            true,
+                            {stack.item<bool>(5, 0), stack.item<bool>(5, 1), false}};
     Tensor results[3];
-    if (!norm.is_served(stack) ||
-        !backward(norm, stack.tensor(0), nullptr, stack.tensor(3), true, wanted, results))
+    if (!norm.is_served(stack) || !gradient.fits(norm) || !Where::backward(norm, gradient, results))
       return false;
     Tensor both[] = {std::move(results[0]), std::move(results[1])};
     stack.finish(both);
     return true;
-  });
+  };
+  serve(values, "ttstTm", rms_norm_bwd, kernel, Where::others);
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -380,34 +369,41 @@ void fused_rms_norm_backward(StableIValue* values, uint64_t, uint64_t) {
 
 using torch::stable::detail::StableLibrary;
 
+template <class Where>
 constexpr void (*boxed_kernels[])(StableIValue*, uint64_t, uint64_t) = {
-    native_layer_norm, native_layer_norm_backward, fused_rms_norm, fused_rms_norm_backward};
+    native_layer_norm<Where>, native_layer_norm_backward<Where>, fused_rms_norm<Where>,
+    fused_rms_norm_backward<Where>};
 
-std::unique_ptr<StableLibrary> new_library() {
-  return std::make_unique<StableLibrary>(StableLibrary::Kind::IMPL, "aten", "CPU", __FILE__,
+std::unique_ptr<StableLibrary> new_library(const char* key) {
+  return std::make_unique<StableLibrary>(StableLibrary::Kind::IMPL, "aten", key, __FILE__,
                                          __LINE__);
 }
 
-std::unique_ptr<StableLibrary> registered, kept;
+template <class Where>
+void take_others(PyObject* const* functions, Py_ssize_t count) {
+  if (count != operator_count) throw std::runtime_error("register_operators: four functions");
+  for (int i = 0; i < operator_count; ++i) {
+    Py_INCREF(functions[i]);
+    Py_XDECREF(std::exchange(Where::others[i], functions[i]));
+  }
+  boxed::exchange();
+}
+
+std::unique_ptr<StableLibrary> registered, kept, registered_by_plans;
 
 // register_operators(*others)
 PyObject* register_operators(PyObject*, PyObject* const* functions, Py_ssize_t count) {
   return call([&]() -> PyObject* {
-    if (count != operator_count) throw std::runtime_error("register_operators: four functions");
-    for (int i = 0; i < operator_count; ++i) {
-      Py_INCREF(functions[i]);
-      Py_XDECREF(std::exchange(others[i], functions[i]));
-    }
-    exchange();
+    take_others<OnCpu>(functions, count);
     if (!kept) {
       // Torch has no kernel of this on the CPU, and the graphs of norms outlive disable().
-      auto library = new_library();
-      library->impl(operator_names[rms_norm_bwd], boxed_kernels[rms_norm_bwd]);
+      auto library = new_library("CPU");
+      library->impl(operator_names[rms_norm_bwd], boxed_kernels<OnCpu>[rms_norm_bwd]);
       kept = std::move(library);
     }
-    auto library = new_library();
+    auto library = new_library("CPU");
     for (Operator which : {layer_norm_fwd, layer_norm_bwd, rms_norm_fwd})
-      library->impl(operator_names[which], boxed_kernels[which]);
+      library->impl(operator_names[which], boxed_kernels<OnCpu>[which]);
     registered = std::move(library);
     return shared(Py_None).release();
   });
@@ -415,6 +411,25 @@ PyObject* register_operators(PyObject*, PyObject* const* functions, Py_ssize_t c
 
 PyObject* unregister_operators(PyObject*, PyObject*) {
   registered.reset();
+  Py_RETURN_NONE;
+}
+
+// register_by_plans(key, *others)
+PyObject* register_by_plans(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  return call([&]() -> PyObject* {
+    take_others<ByPlans>(arguments + 1, count - 1);
+    const char* const key = PyUnicode_AsUTF8AndSize(arguments[0], nullptr);
+    if (key == nullptr) throw Raised{};
+    auto library = new_library(key);
+    for (int which = 0; which < operator_count; ++which)
+      library->impl(operator_names[which], boxed_kernels<ByPlans>[which]);
+    registered_by_plans = std::move(library);
+    return shared(Py_None).release();
+  });
+}
+
+PyObject* unregister_by_plans(PyObject*, PyObject*) {
+  registered_by_plans.reset();
   Py_RETURN_NONE;
 }
 
@@ -430,6 +445,9 @@ PyMethodDef operator_methods[] = {
     {"register_operators", fast(register_operators), METH_FASTCALL,
      "register_operators(*others): put the kernels below torch's four operators on the CPU; the\n"
      "functions serve what they cannot."},
+    {"register_by_plans", fast(register_by_plans), METH_FASTCALL,
+     "register_by_plans(key, *others): the same for a device, where a launch can be repeated."},
+    {"unregister_by_plans", unregister_by_plans, METH_NOARGS, "Take those out again."},
     {"unregister_operators", unregister_operators, METH_NOARGS, "Take them out again."},
     {"operator_calls", operator_calls, METH_NOARGS,
      "The number of calls of each operator that the kernels served so far."},

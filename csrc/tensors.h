@@ -63,7 +63,7 @@ inline DType dtype_of(PyObject* tensor) {
 }
 
 inline void* address(PyObject* tensor) {
-  if (tensor == Py_None) return nullptr;
+  if (tensor == nullptr || tensor == Py_None) return nullptr;
   return PyLong_AsVoidPtr(invoke(tensor, names().data_ptr.get()).get());
 }
 
@@ -97,9 +97,24 @@ inline Ref new_empty(PyObject* tensor, const Ref& shape, DType dtype) {
   return Ref(PyObject_Call(method.get(), arguments.get(), names().of[int(dtype)].get()));
 }
 
-// Describes the tensors of a call to the kernels. What it has to copy lives as long as it does.
+// Python's tensors as a call to the kernels has them. What it has to copy lives as long as it does.
 class Layout {
  public:
+  using Tensor = PyObject*;
+  using Owned = Ref;
+  using Shape = PyObject*;  // a tuple
+
+  static void* address(Tensor tensor) { return fusednorm::address(tensor); }
+  static DType dtype_of(Tensor tensor) { return fusednorm::dtype_of(tensor); }
+  static int64_t size(Tensor tensor, int dim) { return fusednorm::size(tensor, dim); }
+  static void zero(Tensor tensor) { invoke(tensor, names().zero.get()); }
+  static Owned empty_like(Tensor tensor, DType dtype) {
+    return fusednorm::empty_like(tensor, dtype);
+  }
+  static Owned new_vector(Tensor like, int64_t elements, DType dtype) {
+    return new_empty(like, Ref(Py_BuildValue("(L)", static_cast<long long>(elements))), dtype);
+  }
+
   // Rows of the shape `normalized_shape`, a tuple, that `tensor` consists of.
   Layout(PyObject* tensor, PyObject* normalized_shape) {
     for (Py_ssize_t i = 0; i < PyTuple_Size(normalized_shape); ++i)
@@ -121,7 +136,7 @@ class Layout {
 
   // M rows of N columns, copied where they are not evenly spaced or their columns not adjacent.
   Rows rows(PyObject* tensor) {
-    if (tensor == Py_None) return {};
+    if (tensor == nullptr) return {};
     int64_t distance = cols_;
     if (!is_contiguous(tensor)) {
       const Ref shape(
@@ -141,14 +156,14 @@ class Layout {
 
   // A weight or a bias.
   Term vector(PyObject* tensor) {
-    if (tensor == Py_None) return {};
+    if (tensor == nullptr) return {};
     if (!is_contiguous(tensor)) tensor = contiguous(tensor);
     return {address(tensor), 0, false, dtype_of(tensor)};
   }
 
   // A gate, scale or shift, [1 or S, N or 1].
   Term term(PyObject* tensor) {
-    if (tensor == Py_None) return {};
+    if (tensor == nullptr) return {};
     const bool is_number = size(tensor, 1) < cols_;
     if (!is_number && cols_ > 1 && stride(tensor, 1) != 1) tensor = contiguous(tensor);
     const int64_t distance = size(tensor, 0) == 1 ? 0 : stride(tensor, 0);

@@ -5,13 +5,15 @@
 #include <cstring>
 #include <initializer_list>
 #include <memory>
+#include <mutex>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
 #include <unordered_map>
 
-#include "calls.h"
+#include "fallback.h"
 #include "gated_calls.h"
+#include "python_calls.h"
 
 namespace fusednorm {
 namespace {
@@ -26,6 +28,7 @@ struct Driver {
   };
   int (*launch)(const Config*, void* function, void** arguments, void** extra);
   int (*current_context)(void**);
+  int (*current_device)(int*);
   int (*describe)(int error, const char** text);
 };
 
@@ -41,6 +44,7 @@ const Driver& driver() {
     };
     find("cuLaunchKernelEx", found.launch);
     find("cuCtxGetCurrent", found.current_context);
+    find("cuCtxGetDevice", found.current_device);
     find("cuGetErrorString", found.describe);
     return found;
   }();
@@ -123,13 +127,34 @@ Plans& plans() {
   return plans;
 }
 
+std::mutex& plans_lock() {
+  static std::mutex& lock = *new std::mutex;
+  return lock;
+}
+
+// Takes all of them out, to be deleted where nobody waits for them.
+Plans take_plans() {
+  const std::lock_guard<std::mutex> guard(plans_lock());
+  return std::exchange(plans(), Plans());
+}
+
+// A plan may outlive its place among the others in a thread that has not Python's lock.
+void delete_plan(const Plan* plan) {
+  const boxed::WithGil locked;
+  delete plan;
+}
+
 // The plan for a key; null where there is none, or on a thread that Triton has to prepare.
 std::shared_ptr<const Plan> find(const std::string& key) {
-  const auto found = plans().find(key);
-  if (found == plans().end()) return nullptr;
+  std::shared_ptr<const Plan> plan;
+  {
+    const std::lock_guard<std::mutex> guard(plans_lock());
+    const auto found = plans().find(key);
+    if (found != plans().end()) plan = found->second;
+  }
   void* context = nullptr;
-  if (driver().current_context(&context) != 0 || context == nullptr) return nullptr;
-  return found->second;
+  if (!plan || driver().current_context(&context) != 0 || context == nullptr) return nullptr;
+  return plan;
 }
 
 void start(const Start& s, const void* const* pointers, void* stream) {
@@ -153,108 +178,169 @@ void start(const Start& s, const void* const* pointers, void* stream) {
                            (text ? text : "error " + std::to_string(error)));
 }
 
-// Repeats the plan of a key, if there is one. Returns what the launcher returns, or the key.
-template <class Call, size_t COUNT>
-PyObject* repeat(const Call& call, const Key& key, const void* (&pointers)[COUNT], PyObject* like,
-                 PyObject* stream_address) {
-  const std::string words = key.str();
-  const std::shared_ptr<const Plan> plan = find(words);
-  if (!plan) return PyBytes_FromStringAndSize(words.data(), Py_ssize_t(words.size()));
+// A call to be repeated: what its plan is found by, and its pointers in the order of `Argument`, of
+// which the last one is that of the scratch.
+template <size_t COUNT>
+struct Request {
+  std::string key;
+  const void* pointers[COUNT];
+};
+
+template <class Layout>
+Request<13> request(const ForwardCall<Layout>& call, uint64_t device) {
+  const Forward& p = call.p;
+  Key key;
+  key.put(device << 2);
+  key.put(static_cast<const Problem&>(p));
+  key.put(p.eps);
+  key.put(p.shift);
+  key.put(uint64_t(p.h_dtype));
+  for (const Rows* rows : {&p.x, &p.residual, &p.z, &p.h}) key.put(*rows);
+  for (const void* pointer : {p.mean, p.rstd}) key.pointer(pointer);
+  return {key.str(),
+          {p.x.data, p.residual.data, p.gate.data, p.weight.data, p.bias.data, p.scale.data,
+           p.shift.data, p.dropout.seed, p.z.data, p.h.data, p.mean, p.rstd, nullptr}};
+}
+
+template <class Layout>
+Request<20> request(BackwardCall<Backward, Layout>& call, uint64_t device) {
+  const Backward& p = call.p;
+  const Term dgate = call.dgate(), dweight = call.dweight(), dbias = call.dbias(),
+             dscale = call.dscale(), dshift = call.dshift();
+  Key key;
+  key.put(device << 2 | 1);
+  key.put(static_cast<const Problem&>(p));
+  for (const Rows* rows : {&p.dz, &p.dh, &p.x, &p.h, &p.dx, &p.dresidual}) key.put(*rows);
+  for (const void* pointer : {p.mean, p.rstd}) key.pointer(pointer);
+  for (const Term* gradient : {&dgate, &dweight, &dbias, &dscale, &dshift}) key.put(*gradient);
+  return {key.str(), {p.dz.data,    p.dh.data,      p.x.data,      p.h.data,         p.mean,
+                      p.rstd,       p.gate.data,    p.weight.data, p.bias.data,      p.scale.data,
+                      nullptr,      p.dropout.seed, p.dx.data,     p.dresidual.data, dgate.data,
+                      dweight.data, dbias.data,     dscale.data,   dshift.data,      nullptr}};
+}
+
+Request<8> request(const GatedForwardCall& call, uint64_t device) {
+  const GatedForward& p = call.p;
+  Key key;
+  key.put(device << 2 | 2);
+  key.put(static_cast<const Gated&>(p));
+  key.put(p.eps);
+  key.put(p.z);
+  for (const void* pointer : {p.mean, p.rstd}) key.pointer(pointer);
+  return {
+      key.str(),
+      {p.x.data, p.gate_input.data, p.weight.data, p.bias.data, p.z.data, p.mean, p.rstd, nullptr}};
+}
+
+Request<12> request(GatedBackwardCall<GatedBackward>& call, uint64_t device) {
+  const GatedBackward& p = call.p;
+  const Term dweight = call.dweight(), dbias = call.dbias();
+  Key key;
+  key.put(device << 2 | 3);
+  key.put(static_cast<const Gated&>(p));
+  for (const Rows* rows : {&p.dz, &p.dx, &p.dgate_input}) key.put(*rows);
+  for (const void* pointer : {p.mean, p.rstd}) key.pointer(pointer);
+  for (const Term* gradient : {&dweight, &dbias}) key.put(*gradient);
+  return {key.str(),
+          {p.dz.data, p.x.data, p.gate_input.data, p.mean, p.rstd, p.weight.data, p.bias.data,
+           p.dx.data, p.dgate_input.data, dweight.data, dbias.data, nullptr}};
+}
+
+// Allocates the scratch of a plan, which lives until its kernels have been started.
+template <class Layout, size_t COUNT>
+typename Layout::Owned new_scratch(const Plan& plan, Request<COUNT>& request,
+                                   typename Layout::Tensor like, DType compute) {
+  typename Layout::Owned scratch;
+  if (plan.scratch > 0) scratch = Layout::new_vector(like, plan.scratch, compute);
+  if (scratch) request.pointers[COUNT - 1] = Layout::address(scratch.get());
+  return scratch;
+}
+
+// Repeats a call from Python. Returns what the launcher returns, or the key if there is no plan.
+template <class Call>
+PyObject* repeat_from_python(Call&& call, PyObject* device, PyObject* stream_address,
+                             PyObject* like) {
+  if (call.is_empty()) return outputs(call);
+  auto request = fusednorm::request(call, uint64_t(integer(device)));
+  const std::shared_ptr<const Plan> plan = find(request.key);
+  if (!plan) return PyBytes_FromStringAndSize(request.key.data(), Py_ssize_t(request.key.size()));
   void* const stream = PyLong_AsVoidPtr(stream_address);
-  Ref scratch;
-  if (plan->scratch > 0) {
-    const Ref shape(Py_BuildValue("(L)", static_cast<long long>(plan->scratch)));
-    scratch = new_empty(like, shape, call.p.compute);
-    pointers[COUNT - 1] = address(scratch.get());
-  }
+  const Ref scratch = new_scratch<Layout>(*plan, request, like, call.p.compute);
   {
     const WithoutGil released;
-    for (const Start& s : plan->starts) start(s, pointers, stream);
+    for (const Start& s : plan->starts) start(s, request.pointers, stream);
   }
-  return call.outputs();
+  return outputs(call);
 }
 
 // triton_forward(device, stream, ..)
 PyObject* forward(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
-  return call([&]() -> PyObject* {
-    const ForwardCall call(named<ForwardArguments>(arguments + 2, count - 2));
-    if (call.is_empty()) return call.outputs();
-    const Forward& p = call.p;
-    Key key;
-    key.put(uint64_t(integer(arguments[0])) << 2);
-    key.put(static_cast<const Problem&>(p));
-    key.put(p.eps);
-    key.put(p.shift);
-    key.put(uint64_t(p.h_dtype));
-    for (const Rows* rows : {&p.x, &p.residual, &p.z, &p.h}) key.put(*rows);
-    for (const void* pointer : {p.mean, p.rstd}) key.pointer(pointer);
-    const void* pointers[] = {p.x.data,    p.residual.data, p.gate.data,  p.weight.data,
-                              p.bias.data, p.scale.data,    p.shift.data, p.dropout.seed,
-                              p.z.data,    p.h.data,        p.mean,       p.rstd,
-                              nullptr};
-    return repeat(call, key, pointers, arguments[2], arguments[1]);
+  return call([&] {
+    const ForwardCall<Layout> call(read_forward(arguments + 2, count - 2));
+    return repeat_from_python(call, arguments[0], arguments[1], arguments[2]);
   });
 }
 
 // triton_backward(device, stream, ..)
 PyObject* backward(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
-  return call([&]() -> PyObject* {
-    BackwardCall<Backward> call(named<BackwardArguments>(arguments + 2, count - 2));
-    if (call.is_empty()) return call.outputs();
-    const Backward& p = call.p;
-    const Term dgate = call.dgate(), dweight = call.dweight(), dbias = call.dbias(),
-               dscale = call.dscale(), dshift = call.dshift();
-    Key key;
-    key.put(uint64_t(integer(arguments[0])) << 2 | 1);
-    key.put(static_cast<const Problem&>(p));
-    for (const Rows* rows : {&p.dz, &p.dh, &p.x, &p.h, &p.dx, &p.dresidual}) key.put(*rows);
-    for (const void* pointer : {p.mean, p.rstd}) key.pointer(pointer);
-    for (const Term* gradient : {&dgate, &dweight, &dbias, &dscale, &dshift}) key.put(*gradient);
-    const void* pointers[] = {p.dz.data,   p.dh.data,        p.x.data,    p.h.data,
-                              p.mean,      p.rstd,           p.gate.data, p.weight.data,
-                              p.bias.data, p.scale.data,     nullptr,     p.dropout.seed,
-                              p.dx.data,   p.dresidual.data, dgate.data,  dweight.data,
-                              dbias.data,  dscale.data,      dshift.data, nullptr};
-    return repeat(call, key, pointers, arguments[5], arguments[1]);
+  return call([&] {
+    BackwardCall<Backward, Layout> call(read_backward(arguments + 2, count - 2));
+    return repeat_from_python(call, arguments[0], arguments[1], arguments[5]);
   });
 }
 
 // triton_gated_forward(device, stream, ..)
 PyObject* gated_forward(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
-  return call([&]() -> PyObject* {
+  return call([&] {
     const GatedForwardCall call(named<GatedForwardArguments>(arguments + 2, count - 2));
-    if (call.is_empty()) return call.outputs();
-    const GatedForward& p = call.p;
-    Key key;
-    key.put(uint64_t(integer(arguments[0])) << 2 | 2);
-    key.put(static_cast<const Gated&>(p));
-    key.put(p.eps);
-    key.put(p.z);
-    for (const void* pointer : {p.mean, p.rstd}) key.pointer(pointer);
-    const void* pointers[] = {
-        p.x.data, p.gate_input.data, p.weight.data, p.bias.data, p.z.data, p.mean, p.rstd, nullptr};
-    return repeat(call, key, pointers, arguments[2], arguments[1]);
+    return repeat_from_python(call, arguments[0], arguments[1], arguments[2]);
   });
 }
 
 // triton_gated_backward(device, stream, ..)
 PyObject* gated_backward(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
-  return call([&]() -> PyObject* {
+  return call([&] {
     GatedBackwardCall<GatedBackward> call(named<GatedBackwardArguments>(arguments + 2, count - 2));
-    if (call.is_empty()) return call.outputs();
-    const GatedBackward& p = call.p;
-    const Term dweight = call.dweight(), dbias = call.dbias();
-    Key key;
-    key.put(uint64_t(integer(arguments[0])) << 2 | 3);
-    key.put(static_cast<const Gated&>(p));
-    for (const Rows* rows : {&p.dz, &p.dx, &p.dgate_input}) key.put(*rows);
-    for (const void* pointer : {p.mean, p.rstd}) key.pointer(pointer);
-    for (const Term* gradient : {&dweight, &dbias}) key.put(*gradient);
-    const void* pointers[] = {
-        p.dz.data,   p.x.data,  p.gate_input.data,  p.mean,       p.rstd,     p.weight.data,
-        p.bias.data, p.dx.data, p.dgate_input.data, dweight.data, dbias.data, nullptr};
-    return repeat(call, key, pointers, arguments[3], arguments[1]);
+    return repeat_from_python(call, arguments[0], arguments[1], arguments[3]);
   });
+}
+
+// Whether somebody has asked Triton to tell him of launches.
+bool somebody_listens() {
+  static const Ref& runtime = *new Ref(
+      member(Ref(PyImport_ImportModule("triton.knobs")), "runtime"));  // never deleted, as names()
+  for (const char* hook : {"launch_enter_hook", "launch_exit_hook"})
+    if (flag(member(member(runtime, hook), "calls").get())) return true;
+  return false;
+}
+
+// Finds the stream that torch launches on; false where that cannot be known. A tensor of the CPU's
+// is one of a device that is not there.
+bool current_stream(boxed::Device device, void*& stream) {
+  stream = nullptr;
+  if (device.type == aoti_torch_device_type_cpu()) return true;
+  using Function = AOTITorchError (*)(int32_t, void**);
+  static const auto function = reinterpret_cast<Function>([]() -> void* {
+    void* const library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    return library ? dlsym(library, "aoti_torch_get_current_cuda_stream") : nullptr;
+  }());
+  return function && function(device.index, &stream) == AOTI_TORCH_SUCCESS;
+}
+
+template <class Call>
+bool repeat_boxed(Call& call, AtenTensorHandle like) {
+  const boxed::Device device = boxed::device_of(like);
+  const int index = std::max(device.index, 0);
+  auto request = fusednorm::request(call, uint64_t(index));
+  const std::shared_ptr<const Plan> plan = find(request.key);
+  int current = -1;
+  void* stream;
+  if (!plan || driver().current_device(&current) != 0 || current != index ||
+      !current_stream(device, stream) || boxed::locked(somebody_listens))
+    return false;
+  const auto scratch = new_scratch<boxed::Layout>(*plan, request, like, call.p.compute);
+  for (const Start& s : plan->starts) start(s, request.pointers, stream);
+  return true;
 }
 
 Ref element(PyObject* sequence, Py_ssize_t i) { return Ref(PySequence_GetItem(sequence, i)); }
@@ -285,7 +371,7 @@ Start read_start(PyObject* given) {
 // triton_keep(key, starts, scratch, kernels)
 PyObject* keep(PyObject*, PyObject* const* arguments, Py_ssize_t) {
   return call([&]() -> PyObject* {
-    auto plan = std::make_shared<Plan>();
+    const std::shared_ptr<Plan> plan(new Plan, delete_plan);
     for (Py_ssize_t i = 0; i < PySequence_Size(arguments[1]); ++i)
       plan->starts.push_back(read_start(element(arguments[1], i).get()));
     plan->scratch = integer(arguments[2]);
@@ -293,18 +379,27 @@ PyObject* keep(PyObject*, PyObject* const* arguments, Py_ssize_t) {
     char* words = nullptr;
     Py_ssize_t length = 0;
     if (PyBytes_AsStringAndSize(arguments[0], &words, &length) < 0) throw Raised{};
-    if (plans().size() >= MOST_PLANS) plans().clear();
-    plans()[std::string(words, size_t(length))] = std::move(plan);
+    const Plans old = plans().size() >= MOST_PLANS ? take_plans() : Plans();
+    const std::lock_guard<std::mutex> guard(plans_lock());
+    plans()[std::string(words, size_t(length))] = plan;
     Py_RETURN_NONE;
   });
 }
 
 PyObject* forget(PyObject*, PyObject*) {
-  plans().clear();
+  take_plans();
   Py_RETURN_NONE;
 }
 
 }  // namespace
+
+bool repeat(ForwardCall<boxed::Layout>& call, AtenTensorHandle like) {
+  return repeat_boxed(call, like);
+}
+
+bool repeat(BackwardCall<Backward, boxed::Layout>& call, AtenTensorHandle like) {
+  return repeat_boxed(call, like);
+}
 
 PyMethodDef triton_methods[] = {
     {"triton_forward", fast(forward), METH_FASTCALL,

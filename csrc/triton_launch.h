@@ -8,7 +8,15 @@
 
 #include <Python.h>
 
+#include "boxed.h"
+#include "calls.h"
+
 namespace fusednorm {
+
+// Repeats a call of the dispatcher's on the device of `like`, without Python; returns false where
+// Python has to serve it.
+bool repeat(ForwardCall<boxed::Layout>& call, AtenTensorHandle like);
+bool repeat(BackwardCall<Backward, boxed::Layout>& call, AtenTensorHandle like);
 
 // Ends with an empty one.
 extern PyMethodDef triton_methods[];

@@ -226,9 +226,38 @@ def differentiated(
     return results
 
 
-torch.library.register_autograd(
-    "fusednorm::layer_norm_fwd", _fwd_backward, setup_context=_fwd_setup_context
-)
-torch.library.register_autograd(
-    "fusednorm::layer_norm_bwd", _bwd_backward, setup_context=_bwd_setup_context
+def _recorder(operator: Any, setup_context: Any, formula: Any) -> Callable[..., Any]:
+    """Return what runs where autograd meets an operator: itself, recorded where that is asked for.
+
+    As torch.library.register_autograd would, but that a graph of the compiler gets the operator
+    without autograd.
+    """
+
+    def below(*inputs: Any) -> Any:
+        compiles = torch._guards.CompileContext.try_get() is not None
+        with torch._C._AutoDispatchBelowAutograd():
+            return (ops.compiled[operator] if compiles else operator)(*inputs)
+
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        output = below(*inputs)
+        with torch._C._AutoDispatchBelowAutograd():
+            setup_context(ctx, inputs, output)
+        return output
+
+    members = {"forward": staticmethod(forward), "backward": staticmethod(formula)}
+    function: Any = type(f"Recorded_{operator._opname}", (torch.autograd.Function,), members)
+
+    def record(*inputs: Any) -> Any:
+        if torch.is_grad_enabled() and any(
+            isinstance(value, Tensor) and value.requires_grad for value in inputs
+        ):
+            return function.apply(*inputs)
+        return below(*inputs)
+
+    return record
+
+
+ops.register_autograd(
+    _recorder(ops.layer_norm_fwd, _fwd_setup_context, _fwd_backward),
+    _recorder(ops.layer_norm_bwd, _bwd_setup_context, _bwd_backward),
 )

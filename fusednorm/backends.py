@@ -19,7 +19,7 @@ import sysconfig
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -365,7 +365,9 @@ def _automatic(tensor: Tensor, plain: bool) -> Choice:
     """Choose by the device and the class of the tensor, never by its number of rows.
 
     A row has the same bits in every batch. On the CPU it goes by bench/results/cpu_uses.txt: one
-    operator of torch is the least that a call can cost.
+    operator of torch is the least that a call can cost. In a compiled graph our kernels take half
+    of the time of inductor's code for norms beyond the cache, and no whole training step is faster
+    for it (bench/results/compiled_cpu.txt): inductor fuses its own with what is around.
     """
     on_cpu = tensor.is_cpu
     if plain and below_torch and tensor.device.type in below_torch:
@@ -474,23 +476,36 @@ def use(backend: str) -> Iterator[None]:
         >>> with use("torch"):
         ...     y = fusednorm.layer_norm(torch.ones(2, 4), 4)
     """
-    global _requested, _requested_by
     _check_name("backends.use", backend)
     if (missing := _TABLE[backend].missing()) is not None:
         fail("backends.use", "an installed backend", f"{backend!r}: {missing}")
     previous = _requested, _requested_by
-    _requested, _requested_by = backend, "backends.use"
+    _ask(backend, "backends.use")
     try:
         yield
     finally:
-        _requested, _requested_by = previous
+        _ask(*previous)
+
+
+def _ask(backend: str | None, source: str) -> None:
+    global _requested, _requested_by
+    _requested, _requested_by = backend, source
+    if (extension := own_operators()) is not None:
+        extension.ask(backend)
+
+
+def own_operators() -> Any:
+    """Return the extension if it has our operators for CPU tensors, else None."""
+    if extension_missing() is not None:
+        return None
+    extension = importlib.import_module("fusednorm._C")
+    return extension if hasattr(extension, "register_own_operators") else None
 
 
 def _read_environment() -> None:
-    global _requested, _requested_by
     if name := os.environ.get(_VARIABLE):
         _check_name(_VARIABLE, name)
-        _requested, _requested_by = name, _VARIABLE
+        _ask(name, _VARIABLE)
 
 
 _read_environment()

@@ -1,13 +1,14 @@
 """What the dispatcher sees: the operator schemas, their fakes and their implementations.
 
-An operator runs the kernels on every device that they serve and the reference on the others. Its
-arguments are those of the launchers: the tensors by `Operands`, or dz, dh and `Saved`, then the
-numbers.
+An operator runs the kernels on every device that they serve and the reference on the others; on
+the CPU the extension serves it without Python (csrc/own_operators.cpp), and hands on what it
+cannot. Its arguments are those of the launchers: the tensors by `Operands`, or dz, dh and `Saved`,
+then the numbers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -18,19 +19,20 @@ from fusednorm.spec import ByInput, Operands, Saved, Spec, compute_dtype, rows_a
 
 _SPEC = "SymInt[] normalized_shape, float eps, bool rms, float dropout_p"
 _library = torch.library.Library("fusednorm", "DEF")
-_library.define(
-    "layer_norm_fwd(Tensor x, Tensor? residual, Tensor? gate, Tensor? weight, Tensor? bias, "
-    f"Tensor? scale, Tensor? shift, Tensor? seed, {_SPEC}, ScalarType out_dtype, "
-    "ScalarType? h_dtype, ScalarType? x_hat_dtype) "
-    "-> (Tensor z, Tensor h, Tensor mean, Tensor rstd)"
-)
-_library.define(
-    "layer_norm_bwd(Tensor? dz, Tensor? dh, Tensor? x, Tensor h, Tensor? mean, Tensor rstd, "
-    "Tensor? gate, Tensor? weight, Tensor? bias, Tensor? scale, Tensor? shift, Tensor? seed, "
-    f"{_SPEC}, ScalarType x_dtype, ScalarType residual_dtype, ScalarType? x_hat_dtype, "
-    "bool[7] output_mask) -> (Tensor dx, Tensor dresidual, Tensor dgate, Tensor dweight, "
-    "Tensor dbias, Tensor dscale, Tensor dshift)"
-)
+for _prefix in ("", "_"):
+    _library.define(
+        f"{_prefix}layer_norm_fwd(Tensor x, Tensor? residual, Tensor? gate, Tensor? weight, "
+        f"Tensor? bias, Tensor? scale, Tensor? shift, Tensor? seed, {_SPEC}, ScalarType out_dtype, "
+        "ScalarType? h_dtype, ScalarType? x_hat_dtype) "
+        "-> (Tensor z, Tensor h, Tensor mean, Tensor rstd)"
+    )
+    _library.define(
+        f"{_prefix}layer_norm_bwd(Tensor? dz, Tensor? dh, Tensor? x, Tensor h, Tensor? mean, "
+        "Tensor rstd, Tensor? gate, Tensor? weight, Tensor? bias, Tensor? scale, Tensor? shift, "
+        f"Tensor? seed, {_SPEC}, ScalarType x_dtype, ScalarType residual_dtype, "
+        "ScalarType? x_hat_dtype, bool[7] output_mask) -> (Tensor dx, Tensor dresidual, "
+        "Tensor dgate, Tensor dweight, Tensor dbias, Tensor dscale, Tensor dshift)"
+    )
 
 
 def _forward_arguments(arguments: tuple[Any, ...]) -> tuple[Operands, Spec]:
@@ -90,8 +92,25 @@ for _name, _implementation, _fake in (
     ("layer_norm_fwd", _layer_norm_fwd, _layer_norm_fwd_fake),
     ("layer_norm_bwd", _layer_norm_bwd, _layer_norm_bwd_fake),
 ):
-    _library.impl(_name, _implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"fusednorm::{_name}", _fake, lib=_library)
+    for _operator in (_name, f"_{_name}"):
+        _library.impl(_operator, _implementation, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"fusednorm::{_operator}", _fake, lib=_library)
+    _library.impl(f"_{_name}", torch.library.fallthrough_kernel, "Autograd")
+if (_extension := backends.own_operators()) is not None:
+    _extension.register_own_operators(_layer_norm_fwd, _layer_norm_bwd)
 
 layer_norm_fwd: Any = torch.ops.fusednorm.layer_norm_fwd.default
 layer_norm_bwd: Any = torch.ops.fusednorm.layer_norm_bwd.default
+
+# What a compiled graph has in their place: its autograd is done, and that of an operator, which
+# Python does, would cost each call more than a small norm.
+compiled: dict[Any, Any] = {
+    layer_norm_fwd: torch.ops.fusednorm._layer_norm_fwd.default,
+    layer_norm_bwd: torch.ops.fusednorm._layer_norm_bwd.default,
+}
+
+
+def register_autograd(*formulas: Callable[..., Any]) -> None:
+    """Let these run where autograd meets the operators, forward and backward."""
+    for name, formula in zip(("layer_norm_fwd", "layer_norm_bwd"), formulas, strict=True):
+        _library.impl(name, formula, "Autograd")

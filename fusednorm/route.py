@@ -44,7 +44,9 @@ def run(call: Call) -> tuple[Tensor, Tensor]:
         return distributed.run(call, torchs, run)
     if spec.dropout_p > 0.0:
         # On the device and from its generator: no synchronisation, and a graph draws anew. Every
-        # backend draws the same mask from it.
+        # backend draws the same mask from it. A kernel of its own is what that costs on a GPU:
+        # the generator's offset, which needs none, is closed to Python and to the stable ABI while
+        # a graph is captured, and a graph would repeat one that was read before.
         operands = operands._replace(seed=torch.randint(2**62, (1,), device=x.device))
     way = way_of(op, choice, *operands)
     if way == "transform":

@@ -13,6 +13,7 @@ Example:
 from __future__ import annotations
 
 import collections
+import functools
 import importlib
 import os
 import threading
@@ -252,7 +253,8 @@ class _OnCpu:
 class _InPython:
     """The launchers of `backends.kernels` as torch's operators, for one dispatch key.
 
-    A call passes through Python, as the launchers do.
+    The extension, where there is one, repeats a launch that it has a plan for. Any other call
+    passes through Python, as the launchers do.
     """
 
     def __init__(self, key: str) -> None:
@@ -262,8 +264,14 @@ class _InPython:
             for name in OPERATORS
             if torch._C._dispatch_has_computed_kernel_for_dispatch_key(f"aten::{name}", key)
         }
-        self._library = torch.library.Library("aten", "IMPL")
         implementations = (self._norm, self._norm_bwd, self._rms_norm, self._rms_norm_bwd)
+        self._library = None
+        if backends.own_operators() is not None:
+            keys = torch._C.DispatchKeySet(torch._C.DispatchKey.__members__[key])
+            functions = [functools.partial(function, keys) for function in implementations]
+            _extension().register_by_plans(key, *functions)
+            return
+        self._library = torch.library.Library("aten", "IMPL")
         try:
             for name, function in zip(OPERATORS, implementations, strict=True):
                 self._library.impl(name, function, key, with_keyset=True, allow_override=True)
@@ -273,7 +281,10 @@ class _InPython:
 
     def remove(self) -> None:
         """Put back what was there before."""
-        self._library._destroy()
+        if self._library is None:
+            _extension().unregister_by_plans()
+        else:
+            self._library._destroy()
 
     def _hand_on(self, name: str, keys: Any, *arguments: Any) -> Any:
         if name not in self._before:

@@ -22,10 +22,10 @@ sys.path.append(str(Path(__file__).parents[1]))
 
 from bench import compare, excerpt, providers, report, results, selfcheck, text, timing
 from bench.__main__ import main
-from bench.cases import MODES, NORMS, Case, cases, draw, floor_bytes
+from bench.cases import MODES, NORMS, Case, cases, compose, draw, floor_bytes
 from bench.measure import COPY, Settings, calls_of, check, measure
 from bench.providers import Provider, bind, find
-from fusednorm import backends
+from fusednorm import backends, torch_operators
 
 CPU = torch.device("cpu")
 
@@ -247,12 +247,29 @@ def test_our_backends_are_taken_or_named_as_missing(monkeypatch: pytest.MonkeyPa
         assert used == ["cuda"]
 
 
+@pytest.mark.skipif(backends.own_operators() is None, reason="the extension was not built")
+@pytest.mark.parametrize("norm", ["layer_norm", "rms_norm", "add"])
+def test_enabled_norms_are_torchs_in_our_kernels(norm: str) -> None:
+    """The kernels serve what the provider calls, and nothing that is called outside of it."""
+    (provider,), _ = find(["fusednorm-enabled"], CPU)
+    case = Case(f"{norm}/forward", 8, 64, "float32", "float32")
+    inputs = draw(case, CPU, torch.Generator().manual_seed(0))
+    before = sum(torch_operators.calls().values())
+    with provider.scope():
+        outputs = provider.norms[norm](case, inputs)()
+    assert sum(torch_operators.calls().values()) == before + 1
+    expected = compose(case, inputs)
+    torch.testing.assert_close(outputs, expected if isinstance(expected, tuple) else (expected,))
+    assert sum(torch_operators.calls().values()) == before + 1
+
+
 def test_missing_peers_are_named() -> None:
     found, missing = find(None, CPU)
     named = {provider.name for provider in found} | missing.keys()
     assert named == providers.MAKERS.keys() - set(providers.ON_REQUEST)
     assert named >= {"torch", "liger", "quack", "fla", "flash-attn", "apex", "transformer-engine"}
-    assert named >= {"fusednorm", "fusednorm-cpu", "fusednorm-cuda", "onnxruntime"}
+    assert named >= {"fusednorm", "fusednorm-cpu", "fusednorm-cuda", "fusednorm-enabled"}
+    assert "onnxruntime" in named
     assert all(missing.values())
 
 

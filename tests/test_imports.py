@@ -38,8 +38,9 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 IMPLEMENTATIONS = frozenset(FLOORS[-3])
 LEAVES = frozenset(FLOORS[-1])
-# What looks behind the public API, at the launch policy, and below the operators of others.
-BEHIND_THE_API = frozenset({"bench.tune", "bench.enabled"})
+# What looks behind the public API: at the launch policy, below the operators of others, and at what
+# a compiled graph calls.
+BEHIND_THE_API = frozenset({"bench.tune", "bench.enabled", "bench.launch_time"})
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ def test_names() -> None:
 def test_schemas() -> None:
     """A schema that changes breaks the programs that were exported with it."""
     schemas = [str(schema) for schema in torch._C._jit_get_all_schemas()]
-    registered = [schema for schema in schemas if schema.startswith("fusednorm::")]
+    registered = [schema for schema in schemas if re.match("fusednorm::[a-z]", schema)]
     assert block("operators").splitlines() == sorted(registered)
 
 

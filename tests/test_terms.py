@@ -328,6 +328,7 @@ def test_compiled_equals_eager(kernels: torch.device, use: str) -> None:
     "use", ["Add & Norm, dropout", "AdaLN-Zero", "everything, RMS and scalars"]
 )
 @pytest.mark.parametrize("implementation", ["kernels", "reference"])
+@pytest.mark.usefixtures("kernels")  # the extension hands on what is asked of another backend
 def test_opcheck(
     device: torch.device, monkeypatch: pytest.MonkeyPatch, use: str, implementation: str
 ) -> None:

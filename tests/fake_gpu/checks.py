@@ -5,10 +5,11 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from fake_gpu.uses import (
     gated_forward,
     uses,
 )
-from fusednorm import backends
+from fusednorm import backends, ops, torch_operators
 from fusednorm.triton_kernels import plans
 from fusednorm.triton_kernels.backward import layer_norm_bwd
 from fusednorm.triton_kernels.channels import layer_norm2d_bwd, layer_norm2d_fwd
@@ -64,7 +65,11 @@ CALLS += [
 def addresses(launcher: Launcher, call: Call, results: Any) -> dict[int, str]:
     """Return the names of a call's tensors by address."""
     named = call.tensors | dict(zip(RESULTS[launcher], results, strict=True))
-    return {tensor.data_ptr(): name for name, tensor in named.items() if tensor is not None}
+    return {
+        tensor.data_ptr(): name
+        for name, tensor in named.items()
+        if tensor is not None and tensor.numel() > 0
+    }
 
 
 def described(launches: list[fake_gpu.Launch], names: dict[int, str]) -> list[fake_gpu.Launch]:
@@ -92,13 +97,18 @@ def by_repeater(
     call: Call,
     expected: list[fake_gpu.Launch],
     sizes: dict[str, int],
+    run: Callable[[], Any] | None = None,
 ) -> list[fake_gpu.Launch]:
-    """Return the launches of a repeater; what is made in between is named as expected."""
+    """Return the launches of a repeater; what is made in between is named as expected.
+
+    Instead of the launcher, `run` may make the call.
+    """
+    run = functools.partial(launcher, *call.arguments) if run is None else run
     with fake_gpu.serving(repeater):
-        launcher(*call.arguments)  # recorded
+        run()  # recorded
         since = fake_gpu.launched()
         with mock.patch.object(plans, "start", None):
-            results = launcher(*call.arguments)
+            results = run()
     launches = fake_gpu.launches(since)
     names = addresses(launcher, call, results)
     scratch: dict[int, str] = {}
@@ -140,6 +150,112 @@ def test_every_way_starts_the_same(use: Use, direction: str) -> None:
     assert expected
     for repeater in REPEATERS:
         assert by_repeater(repeater, launcher, call, expected, sizes) == expected
+
+
+def operator_call(launcher: Launcher, call: Call) -> Callable[[], Any]:
+    """Return the call of our operator that ends in a call of a launcher."""
+    tensors = call.arguments[: len(call.tensors)]
+    shape, *options = call.arguments[len(call.tensors) :]
+    if launcher is layer_norm_fwd:
+        return functools.partial(ops.layer_norm_fwd, *tensors, shape, *options[:-2])
+    rms = call.tensors["mean"] is None
+    return functools.partial(ops.layer_norm_bwd, *tensors, shape, 0.0, rms, *options)
+
+
+@pytest.fixture(scope="module")
+def served_by_plans() -> None:
+    """Let our operators take CPU tensors for those of the device that is not there."""
+    if plans._C is None:
+        pytest.skip("the extension repeats launches, and was not built")
+    plans._C.serve_by_plans("CPU")
+
+
+@pytest.fixture
+def triton_alone(served_by_plans: None) -> Iterator[None]:
+    """Let Triton's kernels serve our operators, and Python where nothing can be repeated."""
+    fit = backends._TABLE["triton"]._replace(unfit=lambda device: None)
+    with mock.patch.dict(backends._TABLE, triton=fit), backends.use("triton"):
+        yield
+
+
+@pytest.mark.usefixtures("triton_alone")
+@pytest.mark.parametrize("use", [use for use in uses() if not use.gated], ids=str)
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_an_operator_starts_the_same_without_python(use: Use, direction: str) -> None:
+    """The first call of a layout is Python's, the others the extension's."""
+    launcher, call = launcher_and_call(direction, use)
+    expected, sizes = by_triton(launcher, call)
+    plans.forget()
+    before = plans._C.own_operator_calls()[launcher.__name__]
+    run = operator_call(launcher, call)
+    assert by_repeater("extension", launcher, call, expected, sizes, run) == expected
+    assert plans._C.own_operator_calls()[launcher.__name__] == before + 1
+
+
+@pytest.mark.usefixtures("triton_alone")
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("rms", [False, True])
+def test_torchs_operators_start_the_same_without_python(
+    monkeypatch: pytest.MonkeyPatch, rms: bool, affine: bool
+) -> None:
+    """While enabled, below torch's own autograd, on the second call of a layout."""
+    leaves = [torch.ones(2, 3, 1024, dtype=torch.bfloat16, requires_grad=True)]
+    if affine:
+        leaves += [torch.ones(1024, dtype=torch.bfloat16, requires_grad=True)] * (1 if rms else 2)
+    dz = torch.ones_like(leaves[0])
+
+    def both() -> list[fake_gpu.Launch]:
+        since = fake_gpu.launched()
+        x, *parameters = leaves
+        norm = torch.nn.functional.rms_norm if rms else torch.nn.functional.layer_norm
+        y = norm(x, (1024,), *parameters, eps=1e-5)
+        wanted = list(dict.fromkeys(leaves))
+        results = (y, *torch.autograd.grad(y, wanted, dz))
+        assert [tensor.shape for tensor in results[1:]] == [tensor.shape for tensor in wanted]
+        return [one._replace(arguments=()) for one in fake_gpu.launches(since)]
+
+    registration = torch_operators._InPython("CPU")
+    try:
+        with fake_gpu.serving("extension"):
+            plans.forget()
+            first = both()
+            monkeypatch.setattr(torch_operators, "_launchers", None)
+            before = sum(torch_operators.calls().values())
+            assert both() == first
+            assert sum(torch_operators.calls().values()) == before + 2
+    finally:
+        registration.remove()
+    assert len(first) == (3 if affine else 2)
+
+
+@pytest.mark.usefixtures("triton_alone")
+def test_python_serves_an_operator_while_somebody_listens() -> None:
+    """As the launcher does: Triton's profilers hear of every launch."""
+    run = operator_call(layer_norm_fwd, forward(Use("layer_norm", rows=29)))
+    heard: list[str] = []
+
+    def listener(metadata: Any) -> None:
+        heard.append(metadata.get()["name"])
+
+    with fake_gpu.serving("extension"):
+        run()
+        triton.knobs.runtime.launch_enter_hook.add(listener)
+        try:
+            run()
+        finally:
+            triton.knobs.runtime.launch_enter_hook.remove(listener)
+        run()
+    assert heard == ["layer_norm_fwd_kernel"]
+
+
+@pytest.mark.usefixtures("triton_alone")
+def test_a_refused_launch_of_an_operator_is_named() -> None:
+    """In the words of the launcher."""
+    run = operator_call(layer_norm_fwd, forward(Use("layer_norm", rows=4096)))
+    with fake_gpu.serving("extension"):
+        run()
+        with fake_gpu.refusing(1), pytest.raises(RuntimeError, match=r"a grid of \(1024, 1, 1\)"):
+            run()
 
 
 def test_no_number_of_rows_compiles_anything() -> None:
