@@ -32,7 +32,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from fusednorm.spec import compute_dtype
-from fusednorm.triton_kernels import backward, channels, forward, gated, launch
+from fusednorm.triton_kernels import backward, channels, finalize, forward, gated, launch
 from fusednorm.triton_kernels.config import (
     VECTOR_BYTES,
     Architecture,
@@ -329,7 +329,7 @@ def compile_job(job: Job) -> list[Compiled]:
             compiled.append(Compiled(built, counted, *moved))
 
     triton.runtime.driver.set_active(_Driver(job.arch))
-    for module in (forward, backward, gated, channels):
+    for module in (forward, backward, finalize, gated, channels):
         for name, kernel in vars(module).items():
             if isinstance(kernel, triton.JITFunction) and name.endswith("_kernel"):
                 kernel.run = functools.partial(compile_only, kernel)

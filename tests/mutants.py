@@ -267,7 +267,7 @@ MUTANTS = (
     ),
     Mutant(
         "last partial row not added",
-        "backward.py",
+        "finalize.py",
         "(places[:, None] < count)",
         "(places[:, None] < count - 1)",
         ACCURACY,
@@ -275,7 +275,7 @@ MUTANTS = (
     ),
     Mutant(
         "finalize writes dbias to dweight",
-        "backward.py",
+        "finalize.py",
         "Output(dweight_ptr, None, 1, dz_x_hat_ptr,",
         "Output(dweight_ptr, None, 1, dz_sum_ptr,",
         f"{ACCURACY}::test_error_is_at_most_that_of_torch",
@@ -516,7 +516,7 @@ MUTANTS = (
     ),
     Mutant(
         "dweight without 1 + scale",
-        "backward.py",
+        "finalize.py",
         "partial *= 1.0 + factor.to(DTYPE)",
         "partial *= 1.0",
         USES,
@@ -524,7 +524,7 @@ MUTANTS = (
     ),
     Mutant(
         "dscale without bias",
-        "backward.py",
+        "finalize.py",
         "total += addend * factor.to(total.dtype)",
         "total += 0 * addend",
         USES,
@@ -532,7 +532,7 @@ MUTANTS = (
     ),
     Mutant(
         "every sample gets the gradient of the first",
-        "backward.py",
+        "finalize.py",
         "first = sample * count",
         "first = sample * 0",
         USES,
@@ -540,7 +540,7 @@ MUTANTS = (
     ),
     Mutant(
         "gradient of a number from its first columns",
-        "backward.py",
+        "finalize.py",
         "for i in tl.range(0, tl.cdiv(C.N, C.BLOCK_N))",
         "for i in tl.range(0, 1)",
         USES,

@@ -42,11 +42,11 @@ class _Spy:
 
 def kernels_of_package() -> dict[str, tuple[Any, Any]]:
     """Return every kernel of the package by name, each with the module that launches it."""
-    from fusednorm.triton_kernels import backward, channels, forward, gated
+    from fusednorm.triton_kernels import backward, channels, finalize, forward, gated
 
     return {
         name: (module, kernel)
-        for module in (forward, backward, gated, channels)
+        for module in (forward, backward, finalize, gated, channels)
         for name, kernel in vars(module).items()
         if name.endswith("_kernel")
     }
@@ -66,8 +66,8 @@ def record_launches(monkeypatch: pytest.MonkeyPatch, *, execute: bool = True) ->
 
 def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the finalize kernel take wide blocks where every program costs milliseconds."""
-    from fusednorm.triton_kernels import backward
+    from fusednorm.triton_kernels import finalize
     from fusednorm.triton_kernels.config import RowTile
 
     if not torch.cuda.is_available():
-        monkeypatch.setattr(backward, "finalize_tile", lambda *_: RowTile(1024, 1, 4, 4))
+        monkeypatch.setattr(finalize, "finalize_tile", lambda *_: RowTile(1024, 1, 4, 4))

@@ -10,8 +10,8 @@ c2 = mean(g) of a row (0 for RMS), and dh the gradient of h as an output:
 
 The last four follow from two sums over the rows of one sample, of dz * x_hat and of dz. Persistent
 programs own consecutive rows of one sample and keep these sums in registers; each leaves one
-partial row, and one finalize kernel adds the partial rows in a fixed order. `README.md` beside this
-file holds the derivation and the reason for partials.
+partial row, and the kernel of finalize.py adds the partial rows in a fixed order. `README.md`
+beside this file holds the derivation and the reason for partials.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ import triton.language as tl
 from fusednorm.spec import Gradients, Mask, drop_below, rows_and_columns
 
 from . import launch, plans
-from .config import Architecture, RowTile, backward_config, finalize_tile, partial_rows
+from .config import Architecture, RowTile, backward_config, partial_rows
+from .finalize import launch_finalize
 from .tile import (
     Dropout,
     Rows,
     Term,
     Tile,
-    cast,
     chunk_columns,
     constants,
     dropped_out,
@@ -85,22 +85,6 @@ class Sums(NamedTuple):
     dz_x_hat: Any
     dz: Any
     dgate: Any
-
-
-class Output(NamedTuple):
-    """A gradient of `samples` vectors [N] or numbers, and the sums that make it.
-
-    It is partial * factor + addend * addend_factor, where factors are vectors [N]. Whatever it has
-    not is None.
-    """
-
-    ptr: Any
-    numbers: Any
-    samples: Any
-    partial: Any
-    factor: Any
-    addend: Any
-    addend_factor: Any
 
 
 @triton.jit
@@ -446,143 +430,6 @@ def layer_norm_bwd_kernel(
         store_partial(dgate_ptr, partial, cols, sums.dgate[i], N)
 
 
-@triton.jit
-def _sum_partials(partial_ptr, first, count, cols, scale, per_sample, C: tl.constexpr):
-    """Return the [BLOCK_N] sums of `count` partial rows, each times its 1 + scale if there is one.
-
-    A sample of the scale has `per_sample` of the partial rows.
-    """
-    DTYPE: tl.constexpr = partial_ptr.dtype.element_ty
-    total = tl.zeros((C.ROWS, C.BLOCK_N), DTYPE)
-    for step in tl.range(0, count, C.ROWS):
-        places = tl.cast(step, tl.int64) + tl.arange(0, C.ROWS)
-        mask = (places[:, None] < count) & (cols[None, :] < C.N)
-        offsets = ((first + places) * C.N)[:, None] + cols[None, :]
-        partial = tl.load(partial_ptr + offsets, mask=mask, other=0.0)
-        if scale.ptr is not None:
-            factor = load_term(scale, tl.minimum(places, count - 1) // per_sample, cols, C)
-            partial *= 1.0 + factor.to(DTYPE)
-        total += partial
-    return tl.sum(total, axis=0)
-
-
-@triton.jit
-def _columns(output, first, count, cols, scale, per_sample, C: tl.constexpr):
-    """Return [BLOCK_N] columns of a gradient from its partial rows."""
-    total = _sum_partials(output.partial, first, count, cols, scale, per_sample, C)
-    if output.factor is not None:
-        total *= tl.load(output.factor + cols, mask=cols < C.N, other=0.0).to(total.dtype)
-    if output.addend is not None:
-        addend = _sum_partials(output.addend, first, count, cols, scale, per_sample, C)
-        factor = tl.load(output.addend_factor + cols, mask=cols < C.N, other=0.0)
-        total += addend * factor.to(total.dtype)
-    return total
-
-
-@triton.jit
-def _finalize(output, sample, block, count, scale, per_sample, C: tl.constexpr):
-    """Store the gradient of a sample, one column block of its vector or its one number."""
-    first = sample * count
-    if output.numbers is None:
-        cols = chunk_columns(block, C.BLOCK_N)
-        total = _columns(output, first, count, cols, scale, per_sample, C)
-        places = output.ptr + sample * C.N + cols
-        tl.store(places, cast(total, output.ptr.dtype.element_ty), mask=cols < C.N)
-    else:
-        if block == 0:
-            # N numbers become one, where those of a vector are sums over a few programs.
-            total = tl.zeros((C.BLOCK_N,), tl.float64)
-            for i in tl.range(0, tl.cdiv(C.N, C.BLOCK_N)):
-                cols = chunk_columns(i, C.BLOCK_N)
-                columns = _columns(output, first, count, cols, scale, per_sample, C)
-                total += columns.to(tl.float64)
-            total = cast(tl.sum(total, axis=0), output.numbers.dtype.element_ty)
-            tl.store(output.numbers + sample, total)
-
-
-@triton.jit(
-    do_not_specialize=(
-        "partials",
-        "scale_stride",
-        "scale_samples",
-        "shift_samples",
-        "gate_samples",
-    )
-)
-def layer_norm_bwd_finalize_kernel(
-    dz_x_hat_ptr,  # [partials, N] or None
-    dz_sum_ptr,  # [partials, N] or None
-    dgate_partial_ptr,  # [partials, N] or None
-    weight_ptr,  # [N] or None
-    bias_ptr,  # [N] or None
-    scale_ptr,  # a vector [N] or a number for each of scale_samples, scale_stride apart, or None
-    dweight_ptr,  # [N] or None
-    dbias_ptr,  # [N] or None
-    dscale_ptr,  # [scale_samples, N or 1] or None
-    dshift_ptr,  # [shift_samples, N or 1] or None
-    dgate_ptr,  # [gate_samples, N or 1] or None
-    partials: tl.int64,
-    scale_stride: tl.int64,
-    scale_samples: tl.int64,
-    shift_samples: tl.int64,
-    gate_samples: tl.int64,
-    N: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-    GATE_SCALAR: tl.constexpr,
-    SCALE_SCALAR: tl.constexpr,
-    SHIFT_SCALAR: tl.constexpr,
-    TERM_VECTOR: tl.constexpr,
-):
-    """Add up partial rows. The grid walks the rows of every output, and of each its column blocks.
-
-    The partial rows of a sample are consecutive.
-    """
-    C: tl.constexpr = constants(N, ROWS, COLS, 1, TERM_VECTOR, None)
-    BLOCKS: tl.constexpr = (N + COLS - 1) // COLS
-    block = tl.program_id(0) % BLOCKS
-    job = (tl.program_id(0) // BLOCKS).to(tl.int64)
-    scale = Term(scale_ptr, scale_ptr if SCALE_SCALAR else None, scale_stride)
-    unscaled = Term(None, None, scale_stride)
-    dscale = Output(
-        dscale_ptr,
-        dscale_ptr if SCALE_SCALAR else None,
-        scale_samples,
-        dz_x_hat_ptr,
-        weight_ptr,
-        None if bias_ptr is None else dz_sum_ptr,
-        bias_ptr,
-    )
-    dshift = Output(
-        dshift_ptr,
-        dshift_ptr if SHIFT_SCALAR else None,
-        shift_samples,
-        *(dz_sum_ptr, None, None, None),
-    )
-    dgate = Output(
-        dgate_ptr,
-        dgate_ptr if GATE_SCALAR else None,
-        gate_samples,
-        *(dgate_partial_ptr, None, None, None),
-    )
-    outputs = (
-        Output(dweight_ptr, None, 1, dz_x_hat_ptr, None, None, None),
-        Output(dbias_ptr, None, 1, dz_sum_ptr, None, None, None),
-        dscale,
-        dshift,
-        dgate,
-    )
-    for i in tl.static_range(5):
-        output = outputs[i]
-        if output.ptr is not None:
-            if (job >= 0) & (job < output.samples):
-                count = partials // output.samples
-                # weight and bias have one gradient, whose partial rows differ in scale.
-                weighting = scale if i < 2 else unscaled
-                _finalize(output, job, block, count, weighting, partials // scale_samples, C)
-            job -= output.samples
-
-
 @plans.repeated("triton_backward", tensors=12, device_of=3)
 def layer_norm_bwd(
     dz: torch.Tensor | None,
@@ -790,44 +637,3 @@ def _launch_sums(
         **launch.options(tile.num_warps, arch),
     )
     return c1, c2
-
-
-def launch_finalize(
-    gradients: Gradients,
-    partials: tuple[torch.Tensor | None, ...],
-    programs: int,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    terms: launch.Terms,
-    cols: int,
-    arch: Architecture,
-) -> None:
-    """Fill the gradients that are sums over rows, of which at least one is wanted."""
-    _, _, dgate, dweight, dbias, dscale, dshift = gradients
-    scale = terms.tensors[1]
-    samples = [1 if term is None else term.shape[0] for term in (scale, dshift, dgate)]
-    jobs = (dweight is not None) + (dbias is not None)
-    for gradient, rows in zip((dscale, dshift, dgate), samples, strict=True):
-        jobs += 0 if gradient is None else rows
-    tile = finalize_tile(cols, arch)
-    plans.start(
-        layer_norm_bwd_finalize_kernel,
-        (jobs * -(-cols // tile.block_n),),
-        *partials,
-        weight,
-        bias,
-        scale,
-        dweight,
-        dbias,
-        dscale,
-        dshift,
-        dgate,
-        programs,
-        terms.strides[1],
-        *samples,
-        N=cols,
-        ROWS=tile.rows,
-        COLS=tile.block_n,
-        **terms.chosen("GATE_SCALAR", "SCALE_SCALAR", "SHIFT_SCALAR", "TERM_VECTOR"),
-        **launch.options(tile.num_warps, arch),
-    )

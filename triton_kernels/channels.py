@@ -5,7 +5,7 @@ adjacent positions of one image and all of its channels, so that memory is read 
 the positions; what happens in it is what forward.py and backward.py do to rows.
 
 The sums for dweight and dbias run over positions: each program adds those of its tiles up to one
-partial row, and the finalize kernel of backward.py adds the partial rows.
+partial row, and the kernel of finalize.py adds the partial rows.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import triton.language as tl
 from fusednorm.spec import compute_dtype
 
 from . import launch, plans
-from .backward import launch_finalize, load_column, row_means, through_norm
+from .backward import load_column, row_means, through_norm
 from .config import (
     RowTile,
     channels_backward_config,
@@ -28,6 +28,7 @@ from .config import (
     partial_rows,
     vector_elements,
 )
+from .finalize import launch_finalize
 from .forward import row_statistics
 from .tile import Tile, cast, constants, take_chunk
 

@@ -25,13 +25,13 @@ from fusednorm.spec import compute_dtype, rows_and_columns
 
 from . import launch, plans
 from .backward import (
-    launch_finalize,
     load_column,
     row_means,
     store_partial,
     through_norm,
 )
 from .config import Architecture, RowTile, backward_config, forward_config, partial_rows
+from .finalize import launch_finalize
 from .forward import Norm, Stream, looped, resident
 from .tile import (
     Dropout,
