@@ -98,6 +98,7 @@ def enable(devices: str | torch.device | Iterable[str | torch.device] | None = N
                     _registrations[kind] = _OnCpu() if kind == "cpu" else _InPython("CUDA")
                     backends.below_torch.add(kind)
                     new.append(kind)
+                    _forget_kernels()
         except BaseException:
             disable(new)
             raise
@@ -125,6 +126,7 @@ def disable(devices: str | torch.device | Iterable[str | torch.device] | None = 
             backends.below_torch.discard(kind)
             if (registration := _registrations.pop(kind, None)) is not None:
                 registration.remove()
+                _forget_kernels()
 
 
 def enabled(device_type: str) -> bool:
@@ -157,6 +159,15 @@ def calls() -> dict[str, int]:
 
 def _extension() -> Any:
     return importlib.import_module("fusednorm._C")
+
+
+def _forget_kernels() -> None:
+    """Let torch's Python look the kernels of its operators up again.
+
+    It remembers them where it compiles: on a CPU that an RMS norm is made of other operators.
+    """
+    for name in OPERATORS:
+        getattr(torch.ops.aten, name).default._dispatch_cache.clear()
 
 
 def _names(op: str, devices: str | torch.device | Iterable[str | torch.device]) -> list[str]:

@@ -158,7 +158,7 @@ def test_every_kernel_and_form_is_compiled(rungs: list[Entry], arch: str) -> Non
         "layer_norm_bwd_finalize_kernel",
         "gated_norm_fwd_kernel",
         "gated_norm_bwd_kernel",
-        *(("gated_norm_bwd_sums_kernel",) if arch == "sm_90" else ()),
+        "gated_norm_bwd_sums_kernel",
         "layer_norm2d_fwd_kernel",
         "layer_norm2d_bwd_kernel",
     }

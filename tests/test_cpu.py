@@ -453,6 +453,7 @@ def test_only_the_limited_api_of_python_is_used() -> None:
         "PyTuple_Type",
         "PyUnicode_AsUTF8AndSize",
         "PyUnicode_AsUTF8String",
+        "PyUnicode_CompareWithASCIIString",
         "PyUnicode_FromString",
         "PyUnicode_InternFromString",
         "Py_BuildValue",

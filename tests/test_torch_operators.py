@@ -532,6 +532,23 @@ def test_aot_eager(dtype: torch.dtype, norms: Norms, enabled: None) -> None:
     assert_close([y, dx], expected)
 
 
+def test_what_was_compiled_before_does_not_stay(norms: Norms) -> None:
+    """A graph that is compiled while enabled has the kernels, and one afterwards has not."""
+    x = torch.randn(3, 16)
+
+    def run() -> list[Tensor]:
+        torch.compiler.reset()
+        return gradients(torch.compile(norms, backend="aot_eager", fullgraph=True), x)
+
+    with served():
+        expected = run()
+    with fusednorm.enable("cpu"), served(**BOTH_WAYS):
+        ours = run()
+    assert_close(ours, expected)
+    with served():
+        assert all(map(torch.equal, run(), expected))
+
+
 def test_inductor(norms: Norms, enabled: None) -> None:
     x = torch.randn(3, 16)
     compiled = torch.compile(norms, fullgraph=True)
