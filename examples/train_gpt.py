@@ -625,24 +625,32 @@ def main_parallel(argv: Sequence[str], corpus: Corpus, args: argparse.Namespace)
     if "RANK" not in os.environ:
         return parallel_gpt.launch(__file__, argv, args.processes)
     with parallel_gpt.joined(args.processes) as mesh:
-        torch.manual_seed(args.seed)
-        model = GPT(len(corpus.vocab), args.context, args.layers, args.heads, args.width)
-        alone, change = start_fused(copy.deepcopy(model), args)
-        shared, _ = start_fused(model, args)
-        loss = parallel_gpt.own_part(mean_loss, args.parallel)
-        model = parallel_gpt.parallelize(model, args.parallel, mesh)
-        surroundings = shared.surroundings
-        shared = Run.start(f"{args.processes} x {args.parallel}", model, loss, args)
-        shared.surroundings = surroundings
-        alone.name = "one process"
-        runs = (alone, shared)
-        print(change, flush=True)
-        train(runs, batches(corpus, args), args)
-        shared.losses = parallel_gpt.averaged(shared.losses)
-        print_curves(*runs)
-        largest, step = largest_difference(*runs)
-        print(f"\nlargest difference of the curves: {largest:.2e} (step {step + 1})")
-        return 0 if losses_fell(runs, args) else 1
+        code = train_in_processes(corpus, args, mesh)  # nothing of it outlives the connections
+    parallel_gpt.leave(code)
+
+
+def train_in_processes(corpus: Corpus, args: argparse.Namespace, mesh: Any) -> int:
+    """Train a GPT alone and one that the processes of a mesh share; return the exit code."""
+    import parallel_gpt
+
+    torch.manual_seed(args.seed)
+    model = GPT(len(corpus.vocab), args.context, args.layers, args.heads, args.width)
+    alone, change = start_fused(copy.deepcopy(model), args)
+    shared, _ = start_fused(model, args)
+    loss = parallel_gpt.own_part(mean_loss, args.parallel)
+    model = parallel_gpt.parallelize(model, args.parallel, mesh)
+    surroundings = shared.surroundings
+    shared = Run.start(f"{args.processes} x {args.parallel}", model, loss, args)
+    shared.surroundings = surroundings
+    alone.name = "one process"
+    runs = (alone, shared)
+    print(change, flush=True)
+    train(runs, batches(corpus, args), args)
+    shared.losses = parallel_gpt.averaged(shared.losses)
+    print_curves(*runs)
+    largest, step = largest_difference(*runs)
+    print(f"\nlargest difference of the curves: {largest:.2e} (step {step + 1})")
+    return 0 if losses_fell(runs, args) else 1
 
 
 def batches(corpus: Corpus, args: argparse.Namespace) -> Callable[[], Tensor]:
