@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from fusednorm import backends, observers, reference, route
-from fusednorm.autograd import batched, recorded
+from fusednorm.autograd import batched, differentiated, recorded
 from fusednorm.backends import Launchers
 from fusednorm.observers import all_plain, operators_watched, transforms_active
+from fusednorm.ops import fill
 from fusednorm.spec import ByInput, Call, Operands, Saved, Spec, compute_dtype
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -117,12 +118,8 @@ def _device_launchers(x: Tensor) -> Launchers:
     return launchers(backends.kernels(x.device) or "torch", x)
 
 
-def _filled(results: Any, like: Tensor) -> tuple[Tensor, ...]:
-    return tuple(like.new_empty(0) if result is None else result for result in results)
-
-
 def _fwd(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    return _filled(_device_launchers(x).forward(x, *arguments, True), x)
+    return fill(_device_launchers(x).forward(x, *arguments, True), x)
 
 
 def _fwd_fake(
@@ -136,17 +133,17 @@ def _fwd_fake(
     batch, _, *spatial = x.shape
     rstd = x.new_empty(batch * math.prod(spatial), dtype=compute_dtype(x.dtype))
     z = x.new_empty(x.shape, dtype=out_dtype)
-    return _filled((z, None if rms else torch.empty_like(rstd), rstd), x)
+    return fill((z, None if rms else torch.empty_like(rstd), rstd), x)
 
 
 def _bwd(dz: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     *tensors, _eps, _rms, wanted = arguments
-    return _filled(_device_launchers(x).backward(dz, x, *tensors, wanted), x)
+    return fill(_device_launchers(x).backward(dz, x, *tensors, wanted), x)
 
 
 def _bwd_fake(dz: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     _, _, weight, bias, _, _, wanted = arguments
-    return _filled(
+    return fill(
         (
             like.new_empty(like.shape) if want and like is not None else None
             for like, want in zip((x, weight, bias), wanted, strict=True)
@@ -264,31 +261,10 @@ def _bwd_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 
 def _bwd_backward(ctx: Any, *cotangents: Tensor | None) -> Any:
-    """Differentiate the backward: the pullback of the reference formulas."""
-    received = [
-        cotangent if want else None for cotangent, want in zip(cotangents, ctx.wanted, strict=True)
-    ]
-    wanted = tuple(cotangent is not None for cotangent in received)
-    if not any(wanted):
-        return (None,) * 9
-    given = ctx.saved_tensors
-    active = [i for i, tensor in enumerate(given) if tensor is not None]
+    def gradients(wanted: Any, dz: Any, x: Any, weight: Any, bias: Any) -> Gradients:
+        return _equations_gradients(dz, x, None, weight, bias, ctx.eps, ctx.rms, wanted)
 
-    def gradients(*primals: Tensor) -> tuple[Tensor, ...]:
-        tensors: list[Any] = [None] * len(given)
-        for i, primal in zip(active, primals, strict=True):
-            tensors[i] = primal
-        dz, x, weight, bias = tensors
-        grads = _equations_gradients(dz, x, None, weight, bias, ctx.eps, ctx.rms, wanted)
-        return tuple(grad for grad in grads if grad is not None)
-
-    _, pullback = torch.func.vjp(  # type: ignore[misc]  # has_aux=False
-        gradients, *(given[i] for i in active)
-    )
-    products: list[Any] = [None] * len(given)
-    found = pullback(tuple(cotangent for cotangent in received if cotangent is not None))
-    for i, product in zip(active, found, strict=True):
-        products[i] = product
+    products = differentiated(gradients, ctx.saved_tensors, ctx.wanted, cotangents)
     dz, x, weight, bias = products
     return dz, x, None, None, weight, bias, None, None, None
 

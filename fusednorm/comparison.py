@@ -42,16 +42,14 @@ class ProbeCall(NamedTuple):
 
     def leaves(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
         """Return x, weight, bias and gate as the leaves of a graph of their own."""
-        x, gate = (
-            None if t is None else t.detach().requires_grad_(self.differentiated)
-            for t in (self.x, self.gate)
-        )
+        gate = self.gate
+        if gate is not None:
+            gate = gate.detach().requires_grad_(self.differentiated)
         weight, bias = (
             None if t is None else nn.Parameter(t.detach(), self.differentiated)
             for t in (self.weight, self.bias)
         )
-        assert x is not None
-        return x, weight, bias, gate
+        return self.x.detach().requires_grad_(self.differentiated), weight, bias, gate
 
 
 class Values(NamedTuple):

@@ -75,7 +75,7 @@ def run(call: Call, torchs: Choice | None, run_local: Run) -> tuple[Tensor, Tens
     )
     local = local._replace(gate=gate, scale=scale, shift=shift)
     part = Call(op, local, spec._replace(normalized_shape=shape, dropout_p=0.0), want_h)
-    z, h = run_local(part) if plan.split is None else _run_split(part, plan)
+    z, h = run_local(part) if plan.split is None else _run_split(part, plan, plan.split)
     return _whole(z, plan.of_x), operands.x if h is local.x else _whole(h, plan.of_x)
 
 
@@ -307,9 +307,8 @@ def _check_seed(call: Call, plan: _Plan, seed: Tensor) -> None:
 class _SplitRows(reference.Rows):
     """Rows [.., n] of which every device has some columns, and their sums over all devices."""
 
-    def __init__(self, plan: _Plan) -> None:
-        split, shape = plan.split, plan.of_x.shape
-        assert split is not None
+    def __init__(self, plan: _Plan, split: int) -> None:
+        shape = plan.of_x.shape
         dim: Any = _dim(plan.of_x.placements[split])
         self.group = plan.mesh.get_group(split).group_name
         self.rank = plan.mesh.get_local_rank(split)
@@ -405,10 +404,10 @@ class _Gather(torch.autograd.Function):
         return ctx.rows.sum(gradient)[ctx.rows.rank], None
 
 
-def _run_split(call: Call, plan: _Plan) -> tuple[Tensor, Tensor]:
+def _run_split(call: Call, plan: _Plan, split: int) -> tuple[Tensor, Tensor]:
     """Run the equation in plain torch on rows that are split."""
     backends.note(call.op, "torch", "rows are split over devices")
-    rows = _SplitRows(plan)
+    rows = _SplitRows(plan, split)
 
     def forward(*arguments: Any) -> Outputs:
         count = len(Operands._fields)

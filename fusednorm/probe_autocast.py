@@ -43,8 +43,8 @@ def under_autocast(
                         [_operators(probe, "cuda", call, dtype) for call in calls]
                         for dtype in (None, *HALVES)
                     ]
-        except Exception:
-            continue  # nothing is known of it
+        except Exception:  # of code that is not ours: nothing is known of it, nothing is served
+            continue
         plain, *others = traces[x, weight]
         if all(other == plain for other in others):
             found["cuda", mix] = rule
@@ -63,7 +63,7 @@ def _unchanged(probe: Probe, call: ProbeCall) -> bool:
         for dtype in (None, *HALVES):
             with torch.autocast("cpu", dtype or BFLOAT16, enabled=dtype is not None):
                 results.append(probe.own(call)[0])
-    except Exception:
+    except Exception:  # of code that is not ours: what raises is not known to be unchanged
         return False
     plain, *others = results
     return all(y.dtype == plain.dtype and torch.equal(y, plain) for y in others)
