@@ -253,7 +253,17 @@ class TakesOtherThingsNorm(AdaNorm):
         return self.norm(x) * (1 + scale) + shift
 
 
-@pytest.mark.parametrize("cls", [SilentNorm, InheritedNorm, TakesOtherThingsNorm])
+class ConstantNorm(AdaNorm):
+    """Equal in its result alone: x gets no gradient."""
+
+    def forward(self, x, emb):
+        shift, scale, _ = self.linear(emb)[:, None].chunk(3, dim=-1)
+        with torch.no_grad():
+            y = self.norm(x)
+        return y * (1 + scale) + shift
+
+
+@pytest.mark.parametrize("cls", [SilentNorm, InheritedNorm, TakesOtherThingsNorm, ConstantNorm])
 def test_what_is_left_as_a_block_around_norms(cls):
     report = replace_norms(module := cls())
     assert type(module) is cls
