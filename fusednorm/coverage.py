@@ -77,6 +77,7 @@ class _Tally:
         self.models: Counter[str] = Counter()
         self.norms: Counter[str] = Counter()
         self.served: Counter[str] = Counter()
+        self.by_itself: Counter[str] = Counter()
         self.reasons: Counter[str] = Counter()
         self.others: Counter[str] = Counter()
         self.unreported: Counter[str] = Counter()
@@ -128,14 +129,10 @@ class _Tally:
             return
         swap: Swap | None = getattr(cls, "_fusednorm_swap", None)
         self.norms["swapped"] += 1
-        for use, (dtype, weight, autocast) in _USES.items():
-            mix = (dtype, weight if swap is None or swap.held.weight else None)
-            if swap is None:
-                self.served[use] += 1
-            elif autocast is None:
-                self.served[use] += mix in dict(swap.rules)
-            else:
-                self.served[use] += (autocast, mix) in dict(swap.autocast)
+        unserved = [use for use, kinds in _USES.items() if swap and not _is_served(swap, *kinds)]
+        self.served.update(use for use in _USES if use not in unserved)
+        if swap and unserved:
+            self.by_itself[f"{swap.original.__name__}: {', '.join(unserved)}"] += 1
 
     def _unreported(self, model: nn.Module, report: Report, classes: dict[str, type]) -> None:
         """Count the classes whose forward normalises and that the report does not have."""
@@ -155,6 +152,8 @@ class _Tally:
         rows += [f"{count:7} norms {what}" for what, count in self.norms.items()]
         rows += ["", "Of those swapped, run fused:"]
         rows += [f"{count:7} {use}" for use, count in self.served.items()]
+        rows += ["", "Swapped, and by their own forward where it rounds as no kernel does:"]
+        rows += [f"{count:7} {uses}" for uses, count in self.by_itself.most_common()]
         rows += ["", "Left, by class and reason:"]
         rows += [f"{count:7} {reason}" for reason, count in self.reasons.most_common()]
         rows += ["", "Called a norm, and no norm of a row:"]
@@ -162,6 +161,12 @@ class _Tally:
         rows += ["", "Forwards that normalise on the way, in modules that are no norms:"]
         rows += [f"{count:7} {name}" for name, count in self.unreported.most_common()]
         return "\n".join(rows)
+
+
+def _is_served(swap: Swap, dtype: torch.dtype, weight: torch.dtype, autocast: str | None) -> bool:
+    """Return whether a swapped norm is run fused in a use."""
+    mix = (dtype, weight if swap.held.weight else None)
+    return mix in dict(swap.rules) if autocast is None else (autocast, mix) in dict(swap.autocast)
 
 
 def _models(target: str) -> Iterator[tuple[str, _Build]]:
