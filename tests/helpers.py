@@ -21,10 +21,9 @@ INTERPRETED = not torch.cuda.is_available()
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
-# The backends that run here and take every dtype, which the CUDA kernels do not.
-BACKENDS = tuple(
-    name for name in backends.available() if name != "cuda" and backends.serves(name, DEVICE)
-)
+SERVING = tuple(name for name in backends.available() if backends.serves(name, DEVICE))
+# Those that take every dtype, which the CUDA kernels do not.
+BACKENDS = tuple(name for name in SERVING if name != "cuda")
 
 
 @dataclass

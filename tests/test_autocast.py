@@ -195,8 +195,6 @@ def test_compiled(autocast: None, kernels: torch.device) -> None:
     torch._dynamo.reset()
 
 
-# torch scripts functions of its own when forward mode is first used.
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 def test_under_transforms(autocast: None, kernels: torch.device) -> None:
     """Both vmap and forward mode give the dtype that a plain call gives."""
     x, tangent = (torch.randn(2, 3, 8, dtype=BF16, device=kernels) for _ in range(2))

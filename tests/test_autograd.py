@@ -37,9 +37,6 @@ EVERY_BACKEND = pytest.mark.parametrize("backend", BACKENDS)
 
 Function = Callable[..., Any]
 
-# torch compiles decompositions of its own when forward mode is first used.
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
-
 
 def names(launches: list[Launch]) -> list[str]:
     """Return the names of the kernels that were launched."""

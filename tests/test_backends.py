@@ -337,7 +337,6 @@ def test_explain_says_what_ran(op: str, monkeypatch: pytest.MonkeyPatch) -> None
             assert called == [ran[0].backend]
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.trace. is:DeprecationWarning")
 def test_explain_where_somebody_looks() -> None:
     """A transform, a tracer and a mode see other things, and the answer says which."""
     x = torch.randn(2, 8)

@@ -34,7 +34,6 @@ from fusednorm.triton_kernels import launch
 from fusednorm.triton_kernels.config import MOST_CHANNELS, channels_forward_tile
 
 # torch scripts functions of its own when forward mode and inductor are first used.
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script\\w*` is deprecated")
 
 KERNELS = tuple(name for name in BACKENDS if name != "torch")
 EPS = 1e-6
@@ -573,8 +572,7 @@ def test_traced_and_scripted() -> None:
     """A trace holds torch's operators, and so does a script."""
     norm = fusednorm.LayerNorm2d(6)
     x = torch.randn(2, 6, 5)
-    with pytest.warns(DeprecationWarning, match="deprecated"):
-        traced, scripted = torch.jit.trace(norm, x), torch.jit.script(norm)
+    traced, scripted = torch.jit.trace(norm, x), torch.jit.script(norm)
     assert "fusednorm::" not in str(traced.graph)
     for made in (traced, scripted):
         torch.testing.assert_close(made(x[:1]), norm(x[:1]))

@@ -30,7 +30,6 @@ FWD, BWD = ops.layer_norm_fwd, ops.layer_norm_bwd
 COMPILED_FWD, COMPILED_BWD = ops.compiled[FWD], ops.compiled[BWD]
 
 # torch scripts functions of its own when forward mode and inductor are first used.
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script\\w*` is deprecated")
 
 needs_compiler = pytest.mark.skipif(
     not (torch.cuda.is_available() or shutil.which("g++")),

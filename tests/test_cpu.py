@@ -100,9 +100,6 @@ from fusednorm import _C
 
 ROOT = Path(__file__).parents[1]
 
-# torch compiles decompositions of its own when forward mode is first used.
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
-
 
 def _runs(level: str) -> bool:
     before = _C.level()

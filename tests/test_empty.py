@@ -13,9 +13,6 @@ from torch import Tensor
 import fusednorm
 from fusednorm import backends
 
-# torch scripts functions of its own when forward mode is first used.
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script\\w*` is deprecated")
-
 # x; each of these is a count that is 0.
 SHAPES = {
     "no samples": (0, 4, 8),

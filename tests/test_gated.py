@@ -35,9 +35,7 @@ import fusednorm
 from fusednorm import backends, functional, gated, gated_layer_norm, gated_rms_norm
 from fusednorm.spec import GatedOperands, GatedSpec
 
-# torch compiles decompositions of its own when forward mode is first used.
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:`torch.jit.\\w*` is deprecated"),
     pytest.mark.filterwarnings("ignore:overflow encountered in exp"),  # of the interpreter
     pytest.mark.filterwarnings("ignore:invalid value encountered in multiply"),
 ]

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import plain_spec
+from helpers import SERVING, plain_spec
 from torch import Tensor
 
 import fusednorm
@@ -30,7 +30,7 @@ BELOW_ZERO = math.nextafter(0.0, -1.0)
 KEY = 454088803
 
 
-@pytest.fixture(params=backends.available())
+@pytest.fixture(params=SERVING)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """A limit is the same whatever computes."""
     with backends.use(request.param):

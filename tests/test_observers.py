@@ -23,8 +23,6 @@ from torch.utils.flop_counter import FlopCounterMode
 import fusednorm
 from fusednorm import backends, observers
 
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.\\w*` is deprecated")
-
 KEYS = [
     key
     for key in torch._C.DispatchKey.__members__.values()

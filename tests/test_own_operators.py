@@ -224,7 +224,6 @@ COMPILED = ["aot_eager", "inductor"]
 
 @pytest.mark.parametrize("backend", COMPILED)
 @pytest.mark.parametrize("around", ["nothing", "checkpoint"])
-@pytest.mark.filterwarnings("ignore:`torch.jit.script\\w*` is deprecated")
 def test_a_compiled_graph_has_no_python(
     monkeypatch: pytest.MonkeyPatch, backend: str, around: str
 ) -> None:

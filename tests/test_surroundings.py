@@ -18,9 +18,6 @@ from torch.utils.flop_counter import FlopCounterMode
 import fusednorm
 from fusednorm import backends
 
-# torch scripts functions of its own when forward mode is first used.
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script\\w*` is deprecated")
-
 AMBIENT: dict[str, Callable[[], contextlib.AbstractContextManager[Any]]] = {
     "nothing": contextlib.nullcontext,
     "flop counter": lambda: FlopCounterMode(display=False),

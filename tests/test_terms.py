@@ -29,8 +29,6 @@ from fusednorm.spec import Spec
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 COLS = (64, 769, 1024, 4097, 12288)
 
-# torch compiles decompositions of its own when forward mode is first used.
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 
 P = 0.3
 USES: dict[str, dict[str, Any]] = {

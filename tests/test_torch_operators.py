@@ -34,11 +34,9 @@ with warnings.catch_warnings():
     except ImportError:  # torch's cases need expecttest
         op_db, module_db = [], []
 
-pytestmark = [
-    pytest.mark.skipif(backends.extension_missing() is not None, reason="no extension was built"),
-    # Torch's forward mode and its compiler import what torch deprecates.
-    pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning"),
-]
+pytestmark = pytest.mark.skipif(
+    backends.extension_missing() is not None, reason="no extension was built"
+)
 
 LAYER_NORM, LAYER_NORM_BWD, RMS_NORM, RMS_NORM_BWD = torch_operators.OPERATORS
 
