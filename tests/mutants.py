@@ -72,6 +72,27 @@ MUTANTS = (
         f"{ACCURACY}::test_large_mean_costs_no_digits",
     ),
     Mutant(
+        "mean of float32 left uncorrected",
+        "tile.py",
+        "return not RMS and max(h, z) + (N - 1).bit_length() > compute",
+        "return False",
+        f"{ACCURACY}::test_large_mean_costs_no_digits",
+    ),
+    Mutant(
+        "mean corrected by the digits of h alone",
+        "tile.py",
+        "max(h, z) + (N - 1)",
+        "h + (N - 1)",
+        f"{ACCURACY}::test_large_mean_of_16_bits_costs_no_digits_of_a_wider_result",
+    ),
+    Mutant(
+        "mean of equal numbers not exact",
+        "forward.py",
+        "mean = tl.fma(remainder, inverse, mean)",
+        "mean += remainder * 0.0",
+        f"{ACCURACY}::test_equal_numbers_are_their_own_mean",
+    ),
+    Mutant(
         "eps dropped",
         "forward.py",
         "tl.rsqrt(var + tl.full((C.ROWS,), eps, C.COMPUTE))",
@@ -460,8 +481,8 @@ MUTANTS = (
     Mutant(
         "RMS norm divides by the deviation",
         "forward.py",
-        "squares += hs[i] * hs[i]",
-        "squares += (hs[i] - tl.sum(hs[i], axis=1)[:, None] / C.N) * hs[i]",
+        "    centred = hs\n    if not RMS:",
+        "    centred = hs\n    if True:",
         USES,
         "RMSNorm-64-torch.float32",
     ),

@@ -81,6 +81,29 @@ def test_large_mean_costs_no_digits(kernels: torch.device, cols: int) -> None:
     assert (y - F.layer_norm(x.double(), (cols,))).abs().max() < spacing / 32
 
 
+@pytest.mark.parametrize("cols", [3, 769, 3000])
+def test_large_mean_of_16_bits_costs_no_digits_of_a_wider_result(
+    kernels: torch.device, cols: int
+) -> None:
+    """Under autocast z is float32, which shows more of the mean's rounding than 16 bits do."""
+    x = (200 + 10 * torch.randn(3, cols, dtype=torch.float64)).to(kernels, torch.bfloat16)
+    with torch.autocast(kernels.type, torch.bfloat16):
+        y = fusednorm.layer_norm(x, cols)
+    assert y.dtype == torch.float32
+    truth = F.layer_norm(x.double(), (cols,))
+    assert (y - truth).abs().max() <= 2 * torch.finfo(torch.float32).eps * truth.abs().max()
+
+
+@pytest.mark.parametrize("cols", [3, 769, 3000])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_equal_numbers_are_their_own_mean(
+    kernels: torch.device, dtype: torch.dtype, cols: int
+) -> None:
+    """Such rows become 0 however large they are: nothing but eps bounds their rstd."""
+    x = torch.tensor([[60000.0], [999.0], [-0.3], [0.0]]).to(kernels, dtype)
+    assert not fusednorm.layer_norm(x.expand(-1, cols).contiguous(), cols).any()
+
+
 def test_variance_of_the_hardest_rows(kernels: torch.device) -> None:
     """Rows on which E[x^2] - E[x]^2 gives NaN or nonsense."""
     rows = [

@@ -29,8 +29,8 @@ from .config import (
     vector_elements,
 )
 from .finalize import launch_finalize
-from .forward import row_statistics
-from .tile import Tile, cast, constants, take_chunk
+from .forward import normalised, row_statistics
+from .tile import Tile, cast, constants, corrects_mean, take_chunk
 
 
 class Image(NamedTuple):
@@ -111,7 +111,10 @@ def layer_norm2d_fwd_kernel(
     COMPUTE: tl.constexpr,
 ):
     """Normalise one tile."""
-    C: tl.constexpr = constants(N, ROWS, BLOCK_N, CHUNKS, 1, COMPUTE)
+    CORRECTED: tl.constexpr = corrects_mean(
+        RMS, N, x_ptr.dtype.element_ty, z_ptr.dtype.element_ty, COMPUTE
+    )
+    C: tl.constexpr = constants(N, ROWS, BLOCK_N, CHUNKS, 1, COMPUTE, None, None, CORRECTED)
     positions = positions.to(tl.int64) * VECTOR
     image, tile = _take_tile(tl.program_id(0), tiles, positions, ROWS)
     x = Image(x_ptr + image * batch_stride * VECTOR, channel_stride.to(INDEX) * VECTOR)
@@ -122,9 +125,7 @@ def layer_norm2d_fwd_kernel(
     centred, mean, correction, rstd = row_statistics(xs, tile, eps, RMS, C)
     for i in tl.static_range(CHUNKS):
         chunk = take_chunk(tile, i, C)
-        y = centred[i] * rstd[:, None]
-        if not RMS:
-            y -= (correction * rstd)[:, None]
+        y = normalised(centred[i], correction, rstd, C)
         if weight_ptr is not None:
             y *= _load_channels(weight_ptr, chunk, C)
         if bias_ptr is not None:

@@ -23,7 +23,9 @@ from .tile import (
     Rows,
     Term,
     Tile,
+    add_chunks,
     constants,
+    corrects_mean,
     dropped_out,
     load_parameter,
     load_rows,
@@ -32,7 +34,6 @@ from .tile import (
     row_offsets,
     silu,
     store_rows,
-    sum_chunks,
     sum_pair,
     take_chunk,
     zeros,
@@ -112,11 +113,19 @@ def resident(stream, norm, tile, eps, RMS: tl.constexpr, C: tl.constexpr):
     for i in tl.static_range(C.CHUNKS):
         chunk = take_chunk(tile, i, C)
         store_rows(norm.h, tile, chunk, hs[i], C)
-        x_hat = centred[i] * rstd[:, None]
-        if not RMS:
-            x_hat -= (correction * rstd)[:, None]
-        _store_z(norm, tile, chunk, x_hat, C)
+        _store_z(norm, tile, chunk, normalised(centred[i], correction, rstd, C), C)
     return mean, rstd
+
+
+@triton.jit
+def _first_mean(total, C: tl.constexpr):
+    """Return the [ROWS] total / N; rounded once where nothing corrects it."""
+    inverse = tl.full((C.ROWS,), 1.0 / C.N, C.COMPUTE)
+    mean = total * inverse
+    if not C.CORRECTED and C.N & (C.N - 1) != 0:
+        remainder = tl.fma(-mean, tl.full((C.ROWS,), C.N, C.COMPUTE), total)
+        mean = tl.fma(remainder, inverse, mean)
+    return mean
 
 
 @triton.jit
@@ -125,31 +134,35 @@ def row_statistics(hs, tile, eps, RMS: tl.constexpr, C: tl.constexpr):
 
     The last three are [ROWS].
     """
-    if RMS:
-        centred = hs
-        squares = hs[0] * hs[0]
-        for i in tl.static_range(1, C.CHUNKS):
-            squares += hs[i] * hs[i]
-        mean = tl.zeros((C.ROWS,), C.COMPUTE)
-        correction = mean
-        rstd = _inverse_deviation(tl.sum(squares, axis=1) / C.N, eps, C)
-    else:
-        start = sum_chunks(hs) / C.N
+    start = tl.zeros((C.ROWS,), C.COMPUTE)
+    centred = hs
+    if not RMS:
+        start = _first_mean(tl.sum(add_chunks(hs), axis=1), C)
         centred = ()
         for i in tl.static_range(C.CHUNKS):
             # Rows that are not there are 0, and so is their mean.
             exists = take_chunk(tile, i, C).cols[None, :] < C.N
             centred += (tl.where(exists, hs[i] - start[:, None], 0.0),)
-        residue = centred[0]
-        squares = centred[0] * centred[0]
-        for i in tl.static_range(1, C.CHUNKS):
-            residue += centred[i]
-            squares += centred[i] * centred[i]
-        residue_sum, squares_sum = sum_pair(residue, squares, C)
+    squares = centred[0] * centred[0]
+    for i in tl.static_range(1, C.CHUNKS):
+        squares += centred[i] * centred[i]
+    if C.CORRECTED:
+        residue_sum, squares_sum = sum_pair(add_chunks(centred), squares, C)
         correction = residue_sum / C.N
-        mean = start + correction
-        rstd = _inverse_deviation(squares_sum / C.N - correction * correction, eps, C)
-    return centred, mean, correction, rstd
+        var = squares_sum / C.N - correction * correction
+    else:
+        correction = tl.zeros((C.ROWS,), C.COMPUTE)
+        var = tl.sum(squares, axis=1) / C.N
+    return centred, start + correction, correction, _inverse_deviation(var, eps, C)
+
+
+@triton.jit
+def normalised(centred, correction, rstd, C: tl.constexpr):
+    """Return a chunk of x_hat from what `row_statistics` returns."""
+    x_hat = centred * rstd[:, None]
+    if C.CORRECTED:
+        x_hat -= (correction * rstd)[:, None]
+    return x_hat
 
 
 @triton.jit
@@ -249,8 +262,12 @@ def layer_norm_fwd_kernel(
     X_HAT_DTYPE: tl.constexpr,  # dtype that x_hat is rounded to, or None
     COMPUTE: tl.constexpr,
 ):
+    X_DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+    CORRECTED: tl.constexpr = corrects_mean(
+        RMS, N, X_DTYPE if H_DTYPE is None else H_DTYPE, z_ptr.dtype.element_ty, COMPUTE
+    )
     C: tl.constexpr = constants(
-        N, ROWS, BLOCK_N, CHUNKS, TERM_VECTOR, COMPUTE, H_DTYPE, X_HAT_DTYPE
+        N, ROWS, BLOCK_N, CHUNKS, TERM_VECTOR, COMPUTE, H_DTYPE, X_HAT_DTYPE, CORRECTED
     )
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     samples = tl.zeros((ROWS,), tl.int64)

@@ -40,6 +40,7 @@ from .tile import (
     Tile,
     chunk_columns,
     constants,
+    corrects_mean,
     load_parameter,
     load_rows,
     rounded,
@@ -79,7 +80,9 @@ def gated_norm_fwd_kernel(
     X_HAT_DTYPE: tl.constexpr,  # dtype that x_hat is rounded to, or None
     COMPUTE: tl.constexpr,
 ):
-    C: tl.constexpr = constants(N, ROWS, BLOCK_N, CHUNKS, 1, COMPUTE, None, X_HAT_DTYPE)
+    H_DTYPE: tl.constexpr = COMPUTE if GATE_FIRST else x_ptr.dtype.element_ty
+    CORRECTED: tl.constexpr = corrects_mean(RMS, N, H_DTYPE, z_ptr.dtype.element_ty, COMPUTE)
+    C: tl.constexpr = constants(N, ROWS, BLOCK_N, CHUNKS, 1, COMPUTE, None, X_HAT_DTYPE, CORRECTED)
     # Groups of one row are neighbours in the grid as in memory.
     group = tl.program_id(0) % GROUPS
     rows = (tl.program_id(0) // GROUPS).to(tl.int64) * ROWS + tl.arange(0, ROWS)

@@ -32,6 +32,7 @@ class Constants:
         COMPUTE: dtype of statistics and sums.
         H_DTYPE: dtype that h is rounded to; COMPUTE where it is not.
         X_HAT_DTYPE: dtype that x_hat is rounded to; COMPUTE where it is not.
+        CORRECTED: Whether the mean of a row is corrected; see `corrects_mean`.
     """
 
     N: Any
@@ -42,14 +43,37 @@ class Constants:
     COMPUTE: Any
     H_DTYPE: Any
     X_HAT_DTYPE: Any
+    CORRECTED: Any
 
 
 @triton.constexpr_function
-def constants(N, ROWS, BLOCK_N, CHUNKS, TERM_VECTOR, COMPUTE, H_DTYPE=None, X_HAT_DTYPE=None):
+def constants(
+    N,
+    ROWS,
+    BLOCK_N,
+    CHUNKS,
+    TERM_VECTOR,
+    COMPUTE,
+    H_DTYPE=None,
+    X_HAT_DTYPE=None,
+    CORRECTED=False,
+):
     """Return `Constants`, made inside of a kernel; nothing is rounded to None."""
     # Shapes and counts of unrolled loops have to be constexprs of their own.
     sizes = map(tl.constexpr, (N, ROWS, BLOCK_N, CHUNKS, TERM_VECTOR))
-    return Constants(*sizes, COMPUTE, H_DTYPE or COMPUTE, X_HAT_DTYPE or COMPUTE)
+    return Constants(*sizes, COMPUTE, H_DTYPE or COMPUTE, X_HAT_DTYPE or COMPUTE, CORRECTED)
+
+
+@triton.constexpr_function
+def corrects_mean(RMS, N, H_DTYPE, Z_DTYPE, COMPUTE):
+    """Return whether what rounding takes from the mean of a row of h shows in z.
+
+    It does not where COMPUTE has digits to spare for a sum of N numbers as large as the largest:
+    the mean of equal numbers is then exact, and that of others is off by much less than they differ
+    by. 16 bits leave 13 or 16 digits of float32.
+    """
+    h, z, compute = (dtype.fp_mantissa_width + 1 for dtype in (H_DTYPE, Z_DTYPE, COMPUTE))
+    return not RMS and max(h, z) + (N - 1).bit_length() > compute
 
 
 class Tile(NamedTuple):
@@ -242,12 +266,12 @@ def dropped_out(dropout, tile, chunk, values, C: tl.constexpr):
 
 
 @triton.jit
-def sum_chunks(chunks):
-    """Return the [ROWS] row sums of a tile."""
+def add_chunks(chunks):
+    """Return the [ROWS, BLOCK_N] sum of the chunks of a tile."""
     total = chunks[0]
     for i in tl.static_range(1, len(chunks)):
         total += chunks[i]
-    return tl.sum(total, axis=1)
+    return total
 
 
 @triton.jit
