@@ -31,6 +31,9 @@ MOST_CHUNKS = 4
 """Chunks of a row that a backward keeps which reads more than h and dz, or sums for a gate. Five
 would be 40 columns of 16 bits a thread, and spill hundreds of registers."""
 
+LINE_BYTES = 128
+"""A line of the cache, which the threads of a warp that read one row of several cover at least."""
+
 MIN_BLOCK_BYTES = 32
 """The smallest tile of a row, one DRAM sector. Rows shorter than a few sectors may leave more than
 a quarter of the lanes idle, but idle lanes of a fetched sector cost no bandwidth."""
@@ -201,11 +204,10 @@ def _row_tile(
         most_chunks: Chunks that the tile may have before a quarter of it is idle.
     """
     vector = VECTOR_BYTES // itemsize
-    block = max(MIN_BLOCK, next_power_of_two(cols))
-    if cols > 32 * vector:
-        # Long rows: the fewest threads that hold the row, never fewer than 32, so that short rows
-        # need no reduction across warps and vectors stay 16 bytes wide.
-        block = max(next_power_of_two(-(-cols * vector // per_thread)), 32 * vector)
+    # The fewest threads that hold a row, so that it takes the fewest steps to add up; but a chunk
+    # covers a line of the cache, where there is as much.
+    fewest = next_power_of_two(-(-cols * vector // per_thread))
+    block = max(MIN_BLOCK, min(next_power_of_two(cols), max(fewest, LINE_BYTES // itemsize)))
     while (
         block * itemsize > MIN_BLOCK_BYTES
         and _idle_lanes(cols, block) >= 0.25
@@ -337,10 +339,6 @@ MOST_CHANNELS = 2048
 """Channels of [B, C, S] of which a program holds a few positions; more are rows of a permuted
 copy."""
 
-RUN_BYTES = 128
-"""Bytes of a channel that a tile covers where it can hold all channels of as many positions: a line
-of the cache."""
-
 
 def channel_tile(
     channels: int, positions: int, itemsize: int, arch: Architecture, per_thread: int
@@ -354,7 +352,8 @@ def channel_tile(
         arch: The device.
         per_thread: Elements that a thread may hold.
     """
-    rows = min(RUN_BYTES // itemsize, next_power_of_two(positions))
+    # A line of the cache, where a program can hold all channels of as many positions.
+    rows = min(LINE_BYTES // itemsize, next_power_of_two(positions))
     while rows > 1 and rows * channels > MAX_THREADS * per_thread:
         rows //= 2
     wanted = next_power_of_two(-(-rows * channels // per_thread))
