@@ -43,6 +43,7 @@ from .tile import (
     store_rows,
     sum_pair,
     take_chunk,
+    widen,
     zeros,
 )
 
@@ -93,9 +94,9 @@ def _load_factor(weight_ptr, scale, samples, chunk, C: tl.constexpr):
     if scale.ptr is None:
         return load_parameter(weight_ptr, chunk, C)
     else:
-        factor = 1.0 + load_term(scale, samples, chunk.cols, C).to(C.COMPUTE)
+        factor = 1.0 + widen(load_term(scale, samples, chunk.cols, C), C.COMPUTE)
         if weight_ptr is not None:
-            factor *= load_parameter(weight_ptr, chunk, C).to(C.COMPUTE)
+            factor *= widen(load_parameter(weight_ptr, chunk, C), C.COMPUTE)
         return factor
 
 
@@ -108,7 +109,7 @@ def _load_chunk(streams, factors, i, chunk, C: tl.constexpr):
     x_hat = h * streams.rstd if streams.mean is None else (h - streams.mean) * streams.rstd
     g = dz
     if len(factors) > 0:
-        g = dz * factors[i].to(C.COMPUTE)
+        g = dz * widen(factors[i], C.COMPUTE)
     return x_hat, dz, g
 
 
@@ -143,7 +144,7 @@ def _store_chunk(streams, terms, dgate, dh, tile, i, C: tl.constexpr):
     if streams.x.ptr is not None:
         dgate += dh * load_rows(streams.x, chunk, C)
     if len(terms.gates) > 0:
-        dh *= terms.gates[i].to(C.COMPUTE)
+        dh *= widen(terms.gates[i], C.COMPUTE)
     store_rows(streams.dx, tile, chunk, dh, C)
     return dgate
 

@@ -47,6 +47,7 @@ from .tile import (
     row_offsets,
     store_rows,
     take_chunk,
+    widen,
     zeros,
 )
 
@@ -247,11 +248,11 @@ def _load_chunk(streams, parameters, i, chunk, GATE_FIRST: tl.constexpr, C: tl.c
     g = dy
     y = rounded(x_hat, C.X_HAT_DTYPE)
     if len(parameters.weights) > 0:
-        weight = parameters.weights[i].to(C.COMPUTE)
+        weight = widen(parameters.weights[i], C.COMPUTE)
         g = dy * weight
         y *= weight
     if len(parameters.biases) > 0:
-        y += parameters.biases[i].to(C.COMPUTE)
+        y += widen(parameters.biases[i], C.COMPUTE)
     if GATE_FIRST:
         return x_hat, dy, g, silu, x * dsilu
     else:

@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
+from triton import knobs
+from triton.language.target_info import is_cuda
 
 
 @dataclass(frozen=True)
@@ -174,7 +176,7 @@ def row_offsets(rows, stride, VECTOR: tl.constexpr):
 def load_rows(rows, chunk, C: tl.constexpr):
     """Return a [ROWS, BLOCK_N] chunk of rows that are there, 0 where the mask ends."""
     places = rows.ptr + rows.offsets + chunk.cols[None, :]
-    return tl.load(places, mask=chunk.mask, other=0.0).to(C.COMPUTE)
+    return widen(tl.load(places, mask=chunk.mask, other=0.0), C.COMPUTE)
 
 
 @triton.jit
@@ -209,6 +211,27 @@ def load_term(term, samples, cols, C: tl.constexpr):
         return load_vectors(term.ptr, row_offsets(samples, term.stride, C.TERM_VECTOR), cols, C.N)
     else:
         return tl.load(term.numbers + samples * term.stride)[:, None]
+
+
+@triton.constexpr_function
+def _unpacks(source, target):
+    """Return whether `widen` unpacks pairs: on NVIDIA, and not where Triton interprets."""
+    known = source == tl.bfloat16 and target == tl.float32
+    return known and is_cuda() and not knobs.runtime.interpret
+
+
+@triton.jit
+def widen(x, DTYPE: tl.constexpr):
+    """Convert what was loaded to DTYPE.
+
+    bfloat16 is the upper half of float32: a shift or a mask takes each of a pair out of its
+    register at once, where the compiler unpacks it first.
+    """
+    if _unpacks(x.dtype, DTYPE):
+        unpack: tl.constexpr = "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;"
+        return tl.inline_asm_elementwise(unpack, "=&r,=r,r", [x], DTYPE, is_pure=True, pack=2)
+    else:
+        return x.to(DTYPE)
 
 
 @triton.jit
