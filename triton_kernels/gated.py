@@ -7,7 +7,7 @@ A program works on one group of its rows, as if the rows were as long as a group
 is row r * GROUPS + k of [M * GROUPS, N] outputs, statistics and partial sums, with N the columns of
 a group. Statistics, row sums and partial rows are those of forward.py and backward.py.
 
-With s = silu(gate), s' its derivative, g = dy * weight and du the gradient of what is normalised:
+With s = silu(gate), s' its derivative, du the gradient of what is normalised, and d and e as there:
 
     gate last:   dy = dz * s    dx = du        dgate = dz * y * s'
     gate first:  dy = dz        dx = du * s    dgate = du * x * s'
@@ -27,6 +27,7 @@ from . import launch, plans
 from .backward import (
     load_column,
     row_means,
+    scaled,
     store_partial,
     through_norm,
 )
@@ -233,7 +234,7 @@ class Sums(NamedTuple):
 def _load_chunk(streams, parameters, i, chunk, GATE_FIRST: tl.constexpr, C: tl.constexpr):
     """Load a [ROWS, BLOCK_N] chunk, the i-th.
 
-    Return x_hat, dy and g = dy * weight, where dz, and with it dy, is 0 beyond the mask. Return as
+    Return d, e, dy and dy * x_hat, where dz, and with it dy and e, is 0 beyond the mask. Return as
     well, with the gate first, by what du becomes dx and dgate; else twice dgate itself.
     """
     x = load_rows(streams.x, chunk, C)
@@ -242,22 +243,23 @@ def _load_chunk(streams, parameters, i, chunk, GATE_FIRST: tl.constexpr, C: tl.c
     sigmoid = tl.sigmoid(gate)
     silu = gate * sigmoid
     dsilu = sigmoid + silu * (1.0 - sigmoid)
-    h = x * silu if GATE_FIRST else x
-    x_hat = h * streams.rstd if streams.mean is None else (h - streams.mean) * streams.rstd
+    d = x * silu if GATE_FIRST else x
+    if streams.mean is not None:
+        d -= streams.mean
     dy = dz if GATE_FIRST else dz * silu
-    g = dy
-    y = rounded(x_hat, C.X_HAT_DTYPE)
+    e, dy_x_hat = scaled(streams, dy, d, C)
+    y = rounded(d * streams.rstd, C.X_HAT_DTYPE)
     if len(parameters.weights) > 0:
         weight = widen(parameters.weights[i], C.COMPUTE)
-        g = dy * weight
+        e *= weight
         y *= weight
     if len(parameters.biases) > 0:
         y += widen(parameters.biases[i], C.COMPUTE)
     if GATE_FIRST:
-        return x_hat, dy, g, silu, x * dsilu
+        return d, e, dy, dy_x_hat, silu, x * dsilu
     else:
         dgate = dz * y * dsilu
-        return x_hat, dy, g, dgate, dgate
+        return d, e, dy, dy_x_hat, dgate, dgate
 
 
 @triton.jit
@@ -276,40 +278,42 @@ def _take_tile(
 
     What dx is made of is kept across the row sums or, with AGAIN, loaded and computed once more.
     """
-    x_hats = ()
-    gs = ()
+    ds = ()
+    es = ()
     firsts = ()
     seconds = ()
     dy_x_hats = ()
     dys = ()
     for i in tl.static_range(C.CHUNKS):
         chunk = take_chunk(tile, i, C)
-        x_hat, dy, g, first, second = _load_chunk(streams, parameters, i, chunk, GATE_FIRST, C)
+        d, e, dy, dy_x_hat, first, second = _load_chunk(
+            streams, parameters, i, chunk, GATE_FIRST, C
+        )
         if i == 0:
-            g_x_hat = g * x_hat
-            g_sum = g
+            e_d = e * d
+            e_sum = e
         else:
-            g_x_hat += g * x_hat
-            g_sum += g
-        dy_x_hats += (sums.dy_x_hat[i] + dy * rounded(x_hat, C.X_HAT_DTYPE),)
+            e_d += e * d
+            e_sum += e
+        dy_x_hats += (sums.dy_x_hat[i] + dy_x_hat,)
         dys += (sums.dy[i] + dy,)
         if not GATE_FIRST:
             store_rows(streams.dgate, tile, chunk, first, C)
-        x_hats += (x_hat,)
-        gs += (g,)
+        ds += (d,)
+        es += (e,)
         firsts += (first,)
         seconds += (second,)
     if c1 is None:
-        c1, c2 = row_means(streams, g_x_hat, g_sum, C)
+        c1, c2 = row_means(streams, e_d, e_sum, C)
     for i in tl.static_range(C.CHUNKS):
         chunk = take_chunk(tile, i, C)
         if AGAIN:
-            x_hat, _, g, first, second = _load_chunk(streams, parameters, i, chunk, GATE_FIRST, C)
-            du = through_norm(streams, x_hat, g, c1, c2)
+            d, e, _, _, first, second = _load_chunk(streams, parameters, i, chunk, GATE_FIRST, C)
+            du = through_norm(streams, d, e, c1, c2)
         else:
             first = firsts[i]
             second = seconds[i]
-            du = through_norm(streams, x_hats[i], gs[i], c1, c2)
+            du = through_norm(streams, ds[i], es[i], c1, c2)
         if GATE_FIRST:
             store_rows(streams.dgate, tile, chunk, du * second, C)
             du *= first
@@ -364,18 +368,18 @@ def gated_norm_bwd_sums_kernel(
         None,
         None,
     )
-    g_x_hat = zeros(C)
-    g_sum = zeros(C)
+    e_d = zeros(C)
+    e_sum = zeros(C)
     for i in tl.range(0, steps):
         chunk = take_chunk(tile, i, C)
         weights = ()
         if weight_ptr is not None:
             weights = (load_parameter(weight_ptr + group * N, chunk, C),)
         parameters = Parameters(weights, ())
-        x_hat, _, g, _, _ = _load_chunk(streams, parameters, 0, chunk, GATE_FIRST, C)
-        g_x_hat += g * x_hat
-        g_sum += g
-    c1, c2 = row_means(streams, g_x_hat, g_sum, C)
+        d, e, _, _, _, _ = _load_chunk(streams, parameters, 0, chunk, GATE_FIRST, C)
+        e_d += e * d
+        e_sum += e
+    c1, c2 = row_means(streams, e_d, e_sum, C)
     tl.store(c1_ptr + places[:, None], c1)
     if c2_ptr is not None:
         tl.store(c2_ptr + places[:, None], c2)
