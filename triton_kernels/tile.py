@@ -229,7 +229,7 @@ def widen(x, DTYPE: tl.constexpr):
     """
     if _unpacks(x.dtype, DTYPE):
         unpack: tl.constexpr = "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;"
-        return tl.inline_asm_elementwise(unpack, "=&r,=r,r", [x], DTYPE, is_pure=True, pack=2)
+        return tl.inline_asm_elementwise(unpack, "=&r,=r,r", [x], tl.float32, True, 2)
     else:
         return x.to(DTYPE)
 
