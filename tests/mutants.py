@@ -93,6 +93,13 @@ MUTANTS = (
         f"{ACCURACY}::test_equal_numbers_are_their_own_mean",
     ),
     Mutant(
+        "cluster: rows end with the columns of one program",
+        "config.py",
+        "replace(tile, block_n=tile.block_n * cluster, cluster=cluster)",
+        "replace(tile, cluster=cluster)",
+        f"{ACCURACY}::test_error_of_rows_that_a_cluster_shares",
+    ),
+    Mutant(
         "eps dropped",
         "forward.py",
         "tl.rsqrt(var + tl.full((C.ROWS,), eps, C.COMPUTE))",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -37,6 +39,20 @@ def test_error_is_at_most_that_of_torch(
     assert_accurate(
         lambda: make_case(_rows(cols), cols, dtype, kernels, mean=mean), draws=_draws(cols)
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("cols", [12289, 16384, 40000])
+def test_error_of_rows_that_a_cluster_shares(
+    kernels: torch.device, monkeypatch: pytest.MonkeyPatch, cols: int, dtype: torch.dtype
+) -> None:
+    """Whole rows of any length are held where there are clusters, as interpreted ones may be."""
+    from fusednorm.triton_kernels import launch
+
+    if kernels.type == "cpu":
+        with_clusters = replace(launch.architecture(kernels), cluster=8)
+        monkeypatch.setattr(launch, "architecture", lambda device: with_clusters)
+    assert_accurate(lambda: make_case(5, cols, dtype, kernels, mean=1000.0))
 
 
 @pytest.mark.parametrize("affine", AFFINE[1:], ids=["weight", "bias", "none"])

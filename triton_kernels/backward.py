@@ -546,7 +546,7 @@ def layer_norm_bwd(
             COMPUTE=launch.TRITON_DTYPE[rstd.dtype],
             NUM_STAGES=config.num_stages,
             **terms.chosen("SAMPLED", "GATE_SCALAR", "SCALE_SCALAR", "TERM_VECTOR"),
-            **launch.options(tile.num_warps, arch, config.programs_per_processor),
+            **launch.options(tile.num_warps, arch, config.programs_per_processor, tile.cluster),
         )
         if any(gradient is not None for gradient in gradients[2:]):
             launch_finalize(gradients, partials, programs, weight, bias, terms, cols, arch)

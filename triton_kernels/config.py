@@ -11,7 +11,7 @@ BLOCK_N / (16 / itemsize) threads work on one row and each holds CHUNKS * 16 / i
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 VECTOR_BYTES = 16
@@ -52,12 +52,14 @@ class Architecture:
         processors: Streaming multiprocessors (compute units).
         shared_bytes: Shared memory that one program may use, in bytes.
         registers: 32-bit registers of a processor; 0 where the compiler takes no limit.
+        cluster: Programs that may share a row, each on a processor of its own; 1 where none may.
     """
 
     warp_size: int
     processors: int
     shared_bytes: int
     registers: int
+    cluster: int = 1
 
     def max_registers(self, num_warps: int, programs: int = 1) -> int | None:
         """Return the registers a thread may use where `programs` share a processor.
@@ -69,15 +71,26 @@ class Architecture:
             return None
         return min(255, self.registers // (programs * num_warps * self.warp_size) // 8 * 8)
 
+    def clusters(self, size: int) -> int:
+        """Return how many clusters of `size` programs surely run at once, one to a processor.
+
+        All of a cluster are on one group of 16 or 18 processors, some of which stay over.
+        """
+        return self.processors if size == 1 else self.processors * 15 // 16 // size
+
 
 @dataclass(frozen=True)
 class RowTile:
-    """How a program holds its rows: `rows` rows of `chunks` tiles of `block_n` columns."""
+    """How a program holds its rows: `rows` rows of `chunks` tiles of `block_n` columns.
+
+    Of a cluster of several programs, each of `num_warps`, each holds its share of every tile.
+    """
 
     block_n: int
     chunks: int
     rows: int
     num_warps: int
+    cluster: int = 1
 
 
 @dataclass(frozen=True)
@@ -144,6 +157,10 @@ FORWARD_TIERS = {
         Tier(8192, 16, 4),
     ),
 }  # fmt: skip
+
+FORWARD_SHARE = 16384
+"""Columns that each program of a cluster holds in the forward: 256 threads with 64, so that two
+programs share a processor and one loads while the other one stores."""
 
 # Each column a thread owns costs two float32 accumulators, and two more registers while h and dz
 # are kept across the row sums: 16 columns a thread take about 100 registers.
@@ -224,6 +241,27 @@ def _row_tile(
     return RowTile(block, chunks, rows, max(1, threads // warp_size))
 
 
+def _cluster_tile(
+    cols: int,
+    itemsize: int,
+    longest: int,
+    per_thread: int,
+    arch: Architecture,
+    most_chunks: int = 32,
+) -> RowTile | None:
+    """Tile a row for the smallest cluster of programs that hold `longest` columns each.
+
+    Return None where one program does, where the device has no such cluster, and for float64, whose
+    rows are rarely that long. For the other arguments see `_row_tile`.
+    """
+    cluster = next_power_of_two(-(-cols // longest))
+    if cluster == 1 or cluster > arch.cluster or itemsize == 8:
+        return None
+    share = -(-cols // cluster)
+    tile = _row_tile(share, itemsize, per_thread, 1, arch.warp_size, most_chunks)
+    return replace(tile, block_n=tile.block_n * cluster, cluster=cluster)
+
+
 def _looped_tile(itemsize: int, warp_size: int) -> RowTile:
     """Return the tile of a row that is walked in a loop: one 16-byte access a thread and step.
 
@@ -247,7 +285,7 @@ def _resident_threads(
     each of its columns, or three with the gradient of a gate; float64 takes twice the registers,
     and more for its arithmetic. `python -m bench codegen` shows what the compilers make of it.
     """
-    held = tile.rows * tile.chunks * tile.block_n / (tile.num_warps * warp_size)
+    held = tile.rows * tile.chunks * tile.block_n / (tile.cluster * tile.num_warps * warp_size)
     held *= (1.5 if gate_gradient else 1.0) * (3 if itemsize == 8 else 1)
     step = (held > 16) + (held > 24)
     # Of several rows each has addresses of its own in a third tensor, or where no vector aligns.
@@ -264,6 +302,8 @@ def _tier(tiers: Mapping[int, tuple[Tier, ...]], cols: int, itemsize: int) -> Ti
 @lru_cache(maxsize=4096)
 def forward_config(cols: int, itemsize: int, arch: Architecture) -> ForwardConfig:
     """Return the forward launch for rows of `cols` elements of `itemsize` bytes."""
+    if tile := _cluster_tile(cols, itemsize, FORWARD_SHARE, 64, arch):
+        return ForwardConfig(tile, False)
     if tier := _tier(FORWARD_TIERS, cols, itemsize):
         share = tier.per_thread, tier.rows_per_thread
         return ForwardConfig(_row_tile(cols, itemsize, *share, arch.warp_size), False)
@@ -301,12 +341,14 @@ def backward_config(
         form = "reload"
         tile = _row_tile(cols, itemsize, per_thread, 1, arch.warp_size, chunks)
         stream_bytes *= 2  # the pipeline fetches the second reading as well
+    elif common := _cluster_tile(cols, itemsize, longest.limit // length, per_thread, arch, chunks):
+        form, tile = "resident", common
     else:
         form, sums = "split", _looped_tile(itemsize, arch.warp_size)
         threads = 2 * MIN_THREADS
         rows = 1 if gate_gradient else 2  # with three accumulators two rows take 226 registers
         tile = RowTile(threads * VECTOR_BYTES // itemsize, 1, rows, threads // arch.warp_size)
-    stage_bytes = stream_bytes * tile.rows * tile.chunks * tile.block_n
+    stage_bytes = stream_bytes * tile.rows * tile.chunks * tile.block_n // tile.cluster
     # Three stages keep two tiles in flight while one is worked on; a device whose shared memory
     # does not hold them gets two, or none, and float64 has no registers left for a third. The
     # reductions need under 1 KB beside them.
@@ -330,8 +372,9 @@ def partial_rows(
     """
     steps = -(-rows // config.tile.rows)
     cheap = rows * itemsize // 180
-    least = -(-arch.processors * min(2, config.programs_per_processor) // column_blocks)
-    most = -(-arch.processors * config.programs_per_processor // column_blocks)
+    places = arch.clusters(config.tile.cluster)
+    least = -(-places * min(2, config.programs_per_processor) // column_blocks)
+    most = -(-places * config.programs_per_processor // column_blocks)
     return max(1, min(steps, most, max(least, cheap)))
 
 

@@ -395,6 +395,6 @@ def layer_norm_fwd(
             X_HAT_DTYPE=launch.TRITON_DTYPE[x_hat_dtype],
             COMPUTE=launch.TRITON_DTYPE[compute],
             **terms.constants,
-            **launch.options(tile.num_warps, arch),
+            **launch.options(tile.num_warps, arch, cluster=tile.cluster),
         )
     return z, h, mean, rstd

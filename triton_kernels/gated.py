@@ -189,7 +189,7 @@ def gated_norm_fwd(
             GATE_VECTOR=gate_rows.vector,
             X_HAT_DTYPE=launch.TRITON_DTYPE[x_hat_dtype],
             COMPUTE=launch.TRITON_DTYPE[compute],
-            **launch.options(tile.num_warps, arch),
+            **launch.options(tile.num_warps, arch, cluster=tile.cluster),
         )
     return z, mean, rstd
 
@@ -576,7 +576,7 @@ def gated_norm_bwd(
             X_HAT_DTYPE=launch.TRITON_DTYPE[x_hat_dtype],
             NUM_STAGES=config.num_stages,
             **constants,
-            **launch.options(tile.num_warps, arch, config.programs_per_processor),
+            **launch.options(tile.num_warps, arch, config.programs_per_processor, tile.cluster),
         )
         if dweight is not None or dbias is not None:
             launch_finalize(

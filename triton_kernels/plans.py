@@ -223,17 +223,17 @@ _MOST_SHARED = 228 * 1024
 _FORMATS = {"i32": "<i4x", "i64": "<q", "fp64": "<d"}
 
 
-def _hand_over(key: bytes, plan: Plan) -> None:
+def _hand_over(key: bytes, plan: Plan) -> bool:
     """Let the extension repeat a plan that takes no more than a function, a grid and arguments."""
     starts = []
     for compiled, grid, planned in plan.starts:
         metadata = compiled.metadata
         if metadata.num_ctas != 1 or metadata.launch_cooperative_grid or metadata.launch_pdl:
-            return
+            return False
         if metadata.global_scratch_size or metadata.profile_scratch_size:
-            return
+            return False
         if metadata.shared > _MOST_SHARED:
-            return
+            return False
         arguments = []
         for kind, (place, value) in zip(compiled.src.signature.values(), planned, strict=True):
             if kind != "constexpr":
@@ -245,9 +245,10 @@ def _hand_over(key: bytes, plan: Plan) -> None:
         starts.append(start)
     scratch = 0 if plan.scratch is None else plan.scratch[0]
     _C.triton_keep(key, starts, scratch, [start.compiled for start in plan.starts])
+    return True
 
 
-_plans: dict[tuple[object, ...], Plan] = {}
+_plans: dict[object, Plan] = {}
 
 
 def forget() -> None:
@@ -260,8 +261,7 @@ def forget() -> None:
 def _keep(key: Any, plan: Plan | None) -> None:
     if plan is None or not plan.starts:
         return
-    if type(key) is bytes:
-        _hand_over(key, plan)
+    if type(key) is bytes and _hand_over(key, plan):
         return
     if len(_plans) >= MOST_PLANS:
         _plans.clear()
@@ -319,11 +319,12 @@ def repeated(name: str, *, tensors: int, device_of: int) -> Callable[..., Any]:
                 key = repeat(index, stream, *arguments)
                 if type(key) is not bytes:
                     return key
+                pointers = [0 if t is None else t.data_ptr() for t in arguments[:tensors]]
             else:
                 layout, pointers = _layout(arguments[:tensors])
                 key = (name, index, *layout, *arguments[tensors:])
-                if (plan := _plans.get(key)) is not None:
-                    return plan.repeat(pointers, device, stream)
+            if (plan := _plans.get(key)) is not None:
+                return plan.repeat(pointers, device, stream)
             with recorded() as record:
                 results = launcher(*arguments)
             inputs = dict(zip(names, arguments, strict=False))
