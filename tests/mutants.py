@@ -133,7 +133,7 @@ MUTANTS = (
     Mutant(
         "bias not added",
         "forward.py",
-        "z = z + widen(load_parameter(norm.bias, chunk, C), C.COMPUTE)",
+        "z = z + widen(load_parameter(norm.bias, chunk, C), C)",
         "z = z",
         ACCURACY,
         "[33-torch.float32",
@@ -389,7 +389,7 @@ MUTANTS = (
     Mutant(
         "gate last: dgate without the bias",
         "gated.py",
-        "y += widen(parameters.biases[i], C.COMPUTE)",
+        "y += widen(parameters.biases[i], C)",
         "y += 0.0",
         MAMBA,
     ),
@@ -448,8 +448,8 @@ MUTANTS = (
     Mutant(
         "scale without its one",
         "forward.py",
-        "z = z * (1.0 + widen(scale, C.COMPUTE))",
-        "z = z * widen(scale, C.COMPUTE)",
+        "z = z * (1.0 + widen(scale, C))",
+        "z = z * widen(scale, C)",
         USES,
         "AdaLN-64-torch.float32",
     ),
@@ -505,7 +505,7 @@ MUTANTS = (
     Mutant(
         "dx without gate",
         "backward.py",
-        "dh *= widen(terms.gates[i], C.COMPUTE)",
+        "dh *= widen(terms.gates[i], C)",
         "dh *= 1",
         USES,
         "LayerScale-64-torch.float32",

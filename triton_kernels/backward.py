@@ -94,9 +94,9 @@ def _load_factor(weight_ptr, scale, samples, chunk, C: tl.constexpr):
     if scale.ptr is None:
         return load_parameter(weight_ptr, chunk, C)
     else:
-        factor = 1.0 + widen(load_term(scale, samples, chunk.cols, C), C.COMPUTE)
+        factor = 1.0 + widen(load_term(scale, samples, chunk.cols, C), C)
         if weight_ptr is not None:
-            factor *= widen(load_parameter(weight_ptr, chunk, C), C.COMPUTE)
+            factor *= widen(load_parameter(weight_ptr, chunk, C), C)
         return factor
 
 
@@ -120,7 +120,7 @@ def _load_chunk(streams, factors, i, chunk, C: tl.constexpr):
     dz = load_rows(streams.dz, chunk, C)
     e, dz_x_hat = scaled(streams, dz, d, C)
     if len(factors) > 0:
-        e *= widen(factors[i], C.COMPUTE)
+        e *= widen(factors[i], C)
     return d, e, dz, dz_x_hat
 
 
@@ -156,7 +156,7 @@ def _store_chunk(streams, terms, dgate, dh, tile, i, C: tl.constexpr):
     if streams.x.ptr is not None:
         dgate += dh * load_rows(streams.x, chunk, C)
     if len(terms.gates) > 0:
-        dh *= widen(terms.gates[i], C.COMPUTE)
+        dh *= widen(terms.gates[i], C)
     store_rows(streams.dx, tile, chunk, dh, C)
     return dgate
 

@@ -72,7 +72,7 @@ def _load_h(stream, tile, chunk, C: tl.constexpr):
     """
     h = dropped_out(stream.dropout, tile, chunk, load_rows(stream.x, chunk, C), C)
     if stream.gate.ptr is not None:
-        h *= widen(load_term(stream.gate, tile.samples, chunk.cols, C), C.COMPUTE)
+        h *= widen(load_term(stream.gate, tile.samples, chunk.cols, C), C)
     if stream.residual.ptr is not None:
         h += load_rows(stream.residual, chunk, C)
     if stream.silu.ptr is not None:
@@ -85,14 +85,14 @@ def _store_z(norm, tile, chunk, x_hat, C: tl.constexpr):
     """Store a [ROWS, BLOCK_N] chunk of z = (x_hat * weight + bias) * (1 + scale) + shift."""
     z = rounded(x_hat, C.X_HAT_DTYPE)
     if norm.weight is not None:
-        z = z * widen(load_parameter(norm.weight, chunk, C), C.COMPUTE)
+        z = z * widen(load_parameter(norm.weight, chunk, C), C)
     if norm.bias is not None:
-        z = z + widen(load_parameter(norm.bias, chunk, C), C.COMPUTE)
+        z = z + widen(load_parameter(norm.bias, chunk, C), C)
     if norm.scale.ptr is not None:
         scale = load_term(norm.scale, tile.samples, chunk.cols, C)
-        z = z * (1.0 + widen(scale, C.COMPUTE))
+        z = z * (1.0 + widen(scale, C))
     if norm.shift.ptr is not None:
-        z = z + widen(load_term(norm.shift, tile.samples, chunk.cols, C), C.COMPUTE)
+        z = z + widen(load_term(norm.shift, tile.samples, chunk.cols, C), C)
     if norm.silu.ptr is not None:
         z = z * silu(load_rows(norm.silu, chunk, C))
     store_rows(norm.z, tile, chunk, z, C)
@@ -183,7 +183,7 @@ def looped(stream, norm, tile, eps, steps, RMS: tl.constexpr, C: tl.constexpr):
             lane_m2 += h * h
         else:
             delta = tl.where(chunk.mask, h - start[:, None] - lane_mean, 0.0)
-            step = delta / (i + 1)
+            step = delta * (tl.full((1, 1), 1.0, C.COMPUTE) / (i + 1))
             lane_mean += step
             lane_m2 += delta * (delta - step)
             lane_count += chunk.mask.to(C.COMPUTE)

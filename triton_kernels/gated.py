@@ -250,11 +250,11 @@ def _load_chunk(streams, parameters, i, chunk, GATE_FIRST: tl.constexpr, C: tl.c
     e, dy_x_hat = scaled(streams, dy, d, C)
     y = rounded(d * streams.rstd, C.X_HAT_DTYPE)
     if len(parameters.weights) > 0:
-        weight = widen(parameters.weights[i], C.COMPUTE)
+        weight = widen(parameters.weights[i], C)
         e *= weight
         y *= weight
     if len(parameters.biases) > 0:
-        y += widen(parameters.biases[i], C.COMPUTE)
+        y += widen(parameters.biases[i], C)
     if GATE_FIRST:
         return d, e, dy, dy_x_hat, silu, x * dsilu
     else:

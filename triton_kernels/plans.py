@@ -220,20 +220,23 @@ def plan_of(
 _MOST_SHARED = 228 * 1024
 """Bytes of shared memory beyond which Triton gives a launch an attribute."""
 
+_CLUSTER, _CLUSTER_POLICY, _SPREAD = 4, 5, 1
+"""What CUDA calls the attributes of a launch of clusters, and the policy that Triton asks for."""
+
 _FORMATS = {"i32": "<i4x", "i64": "<q", "fp64": "<d"}
 
 
-def _hand_over(key: bytes, plan: Plan) -> bool:
-    """Let the extension repeat a plan that takes no more than a function, a grid and arguments."""
+def _hand_over(key: bytes, plan: Plan) -> None:
+    """Let the extension repeat a plan that takes nothing it does not know of."""
     starts = []
     for compiled, grid, planned in plan.starts:
         metadata = compiled.metadata
-        if metadata.num_ctas != 1 or metadata.launch_cooperative_grid or metadata.launch_pdl:
-            return False
+        if metadata.launch_cooperative_grid or metadata.launch_pdl:
+            return
         if metadata.global_scratch_size or metadata.profile_scratch_size:
-            return False
+            return
         if metadata.shared > _MOST_SHARED:
-            return False
+            return
         arguments = []
         for kind, (place, value) in zip(compiled.src.signature.values(), planned, strict=True):
             if kind != "constexpr":
@@ -241,14 +244,17 @@ def _hand_over(key: bytes, plan: Plan) -> bool:
                 arguments.append((place, int.from_bytes(word, "little")))
         arguments += [(-1, 0)] * 2  # Triton's own scratch, global and of its profiler
         threads = metadata.num_warps * metadata.warp_size
+        attributes = []
+        if (cluster := metadata.num_ctas) > 1:
+            grid = grid[0] * cluster, *grid[1:]
+            attributes = [(_CLUSTER, (cluster, 1, 1)), (_CLUSTER_POLICY, (_SPREAD,))]
         start = compiled.function, compiled.name, grid, threads, metadata.shared, arguments
-        starts.append(start)
+        starts.append((*start, attributes))
     scratch = 0 if plan.scratch is None else plan.scratch[0]
     _C.triton_keep(key, starts, scratch, [start.compiled for start in plan.starts])
-    return True
 
 
-_plans: dict[object, Plan] = {}
+_plans: dict[tuple[object, ...], Plan] = {}
 
 
 def forget() -> None:
@@ -261,7 +267,8 @@ def forget() -> None:
 def _keep(key: Any, plan: Plan | None) -> None:
     if plan is None or not plan.starts:
         return
-    if type(key) is bytes and _hand_over(key, plan):
+    if type(key) is bytes:
+        _hand_over(key, plan)
         return
     if len(_plans) >= MOST_PLANS:
         _plans.clear()
@@ -319,12 +326,11 @@ def repeated(name: str, *, tensors: int, device_of: int) -> Callable[..., Any]:
                 key = repeat(index, stream, *arguments)
                 if type(key) is not bytes:
                     return key
-                pointers = [0 if t is None else t.data_ptr() for t in arguments[:tensors]]
             else:
                 layout, pointers = _layout(arguments[:tensors])
                 key = (name, index, *layout, *arguments[tensors:])
-            if (plan := _plans.get(key)) is not None:
-                return plan.repeat(pointers, device, stream)
+                if (plan := _plans.get(key)) is not None:
+                    return plan.repeat(pointers, device, stream)
             with recorded() as record:
                 results = launcher(*arguments)
             inputs = dict(zip(names, arguments, strict=False))

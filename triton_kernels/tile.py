@@ -176,7 +176,7 @@ def row_offsets(rows, stride, VECTOR: tl.constexpr):
 def load_rows(rows, chunk, C: tl.constexpr):
     """Return a [ROWS, BLOCK_N] chunk of rows that are there, 0 where the mask ends."""
     places = rows.ptr + rows.offsets + chunk.cols[None, :]
-    return widen(tl.load(places, mask=chunk.mask, other=0.0), C.COMPUTE)
+    return widen(tl.load(places, mask=chunk.mask, other=0.0), C)
 
 
 @triton.jit
@@ -214,24 +214,27 @@ def load_term(term, samples, cols, C: tl.constexpr):
 
 
 @triton.constexpr_function
-def _unpacks(source, target):
-    """Return whether `widen` unpacks pairs: on NVIDIA, and not where Triton interprets."""
-    known = source == tl.bfloat16 and target == tl.float32
-    return known and is_cuda() and not knobs.runtime.interpret
+def _unpacks(dtype, C):
+    """Return whether `widen` unpacks pairs: on NVIDIA, and not where Triton interprets.
+
+    Nor where rows have an odd number of columns, since they are loaded one by one.
+    """
+    pairs = dtype == tl.bfloat16 and tl.float32 == C.COMPUTE and C.N % 2 == 0
+    return pairs and is_cuda() and not knobs.runtime.interpret
 
 
 @triton.jit
-def widen(x, DTYPE: tl.constexpr):
-    """Convert what was loaded to DTYPE.
+def widen(x, C: tl.constexpr):
+    """Convert what was loaded to COMPUTE.
 
     bfloat16 is the upper half of float32: a shift or a mask takes each of a pair out of its
     register at once, where the compiler unpacks it first.
     """
-    if _unpacks(x.dtype, DTYPE):
+    if _unpacks(x.dtype, C):
         unpack: tl.constexpr = "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;"
         return tl.inline_asm_elementwise(unpack, "=&r,=r,r", [x], tl.float32, True, 2)
     else:
-        return x.to(DTYPE)
+        return x.to(C.COMPUTE)
 
 
 @triton.jit

@@ -78,7 +78,7 @@ class Launch(NamedTuple):
     grid: tuple[int, ...]
     block: tuple[int, ...]
     shared: int
-    attributes: int
+    attributes: int  # a number for all of them
     stream: int | None
     arguments: tuple[int, ...]
 
