@@ -365,6 +365,6 @@ def test_configurations_are_values() -> None:
     """Equal questions get the very same answer, which nobody can change."""
     arch = ARCHITECTURES["sm_90"]
     first = backward_config(4096, 2, arch, 4)
-    assert backward_config(4096, 2, Architecture(32, 132, 232448, 65536), 4) is first
+    assert backward_config(4096, 2, Architecture(32, 132, 232448, 65536, 8), 4) is first
     with pytest.raises(AttributeError):
         first.num_stages = 1

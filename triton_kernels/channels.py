@@ -30,7 +30,7 @@ from .config import (
 )
 from .finalize import launch_finalize
 from .forward import normalised, row_statistics
-from .tile import Tile, cast, constants, corrects_mean, take_chunk, widen
+from .tile import Tile, cast, constants, corrects_mean, take_chunk
 
 
 class Image(NamedTuple):
@@ -62,7 +62,7 @@ def _places(image, tile, chunk, C: tl.constexpr):
 @triton.jit
 def _load(image, tile, chunk, C: tl.constexpr):
     """Return a [ROWS, BLOCK_N] chunk of channels, 0 where the mask ends."""
-    return widen(tl.load(_places(image, tile, chunk, C), mask=chunk.mask, other=0.0), C)
+    return tl.load(_places(image, tile, chunk, C), mask=chunk.mask, other=0.0).to(C.COMPUTE)
 
 
 @triton.jit
@@ -75,7 +75,7 @@ def _store(image, tile, chunk, values, C: tl.constexpr):
 @triton.jit
 def _load_channels(ptr, chunk, C: tl.constexpr):
     """Return the [1, BLOCK_N] weight or bias of a chunk."""
-    return widen(tl.load(ptr + chunk.cols, mask=chunk.cols < C.N, other=0.0)[None, :], C)
+    return tl.load(ptr + chunk.cols, mask=chunk.cols < C.N, other=0.0)[None, :].to(C.COMPUTE)
 
 
 @triton.jit

@@ -271,6 +271,12 @@ def _looped_tile(itemsize: int, warp_size: int) -> RowTile:
     return RowTile(LOOPED_THREADS * VECTOR_BYTES // itemsize, 1, 1, LOOPED_THREADS // warp_size)
 
 
+def _held(tile: RowTile, warp_size: int) -> float:
+    """Return the elements that a thread holds."""
+    elements = tile.rows * tile.chunks * tile.block_n
+    return elements / (tile.cluster * tile.num_warps * warp_size)
+
+
 def _resident_threads(
     cols: int,
     itemsize: int,
@@ -285,7 +291,7 @@ def _resident_threads(
     each of its columns, or three with the gradient of a gate; float64 takes twice the registers,
     and more for its arithmetic. `python -m bench codegen` shows what the compilers make of it.
     """
-    held = tile.rows * tile.chunks * tile.block_n / (tile.cluster * tile.num_warps * warp_size)
+    held = _held(tile, warp_size)
     held *= (1.5 if gate_gradient else 1.0) * (3 if itemsize == 8 else 1)
     step = (held > 16) + (held > 24)
     # Of several rows each has addresses of its own in a third tensor, or where no vector aligns.
@@ -335,6 +341,10 @@ def backward_config(
         form = "resident"
         share = per_thread, tier.rows_per_thread
         tile = _row_tile(cols, itemsize, *share, arch.warp_size, chunks)
+        unaligned = cols * itemsize % VECTOR_BYTES != 0
+        if unaligned and tile.rows > 8 and _held(tile, arch.warp_size) > 32:
+            # 40 columns of as many rows, each with statistics of its own, take over 255 registers.
+            tile = replace(tile, rows=tile.rows // 2)
     elif itemsize == 2 and cols <= MAX_THREADS * most:
         # At `most` columns a thread the accumulators leave no room for h and dz as well; wider
         # types spill even so.

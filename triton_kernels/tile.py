@@ -214,23 +214,24 @@ def load_term(term, samples, cols, C: tl.constexpr):
 
 
 @triton.constexpr_function
-def _unpacks(dtype, C):
+def _unpacks(dtype, COLS, C):
     """Return whether `widen` unpacks pairs: on NVIDIA, and not where Triton interprets.
 
-    Nor where rows have an odd number of columns, since they are loaded one by one.
+    Nor where there are none: in numbers, and in rows of an odd number of columns, whose elements
+    are loaded one by one.
     """
-    pairs = dtype == tl.bfloat16 and tl.float32 == C.COMPUTE and C.N % 2 == 0
+    pairs = COLS > 1 and C.N % 2 == 0 and dtype == tl.bfloat16 and tl.float32 == C.COMPUTE
     return pairs and is_cuda() and not knobs.runtime.interpret
 
 
 @triton.jit
 def widen(x, C: tl.constexpr):
-    """Convert what was loaded to COMPUTE.
+    """Convert a [ROWS, BLOCK_N] chunk, or [ROWS, 1] numbers, that were loaded to COMPUTE.
 
     bfloat16 is the upper half of float32: a shift or a mask takes each of a pair out of its
     register at once, where the compiler unpacks it first.
     """
-    if _unpacks(x.dtype, C):
+    if _unpacks(x.dtype, x.shape[1], C):
         unpack: tl.constexpr = "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;"
         return tl.inline_asm_elementwise(unpack, "=&r,=r,r", [x], tl.float32, True, 2)
     else:
