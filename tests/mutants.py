@@ -50,7 +50,7 @@ MUTANTS = (
     # Statistics of the forward.
     Mutant(
         "variance counts masked lanes",
-        "forward.py",
+        "normalise.py",
         "tl.where(exists, hs[i] - start[:, None], 0.0)",
         "hs[i] - start[:, None]",
         ACCURACY,
@@ -58,7 +58,7 @@ MUTANTS = (
     ),
     Mutant(
         "variance from E[x^2]",
-        "forward.py",
+        "normalise.py",
         "squares += centred[i] * centred[i]",
         "squares += hs[i] * hs[i] - start[:, None] * start[:, None]",
         ACCURACY,
@@ -66,7 +66,7 @@ MUTANTS = (
     ),
     Mutant(
         "mean left uncorrected",
-        "forward.py",
+        "normalise.py",
         "correction = residue_sum / C.N",
         "correction = residue_sum * 0",
         f"{ACCURACY}::test_large_mean_costs_no_digits",
@@ -87,7 +87,7 @@ MUTANTS = (
     ),
     Mutant(
         "mean of equal numbers not exact",
-        "forward.py",
+        "normalise.py",
         "mean = tl.fma(remainder, inverse, mean)",
         "mean += remainder * 0.0",
         f"{ACCURACY}::test_equal_numbers_are_their_own_mean",
@@ -101,7 +101,7 @@ MUTANTS = (
     ),
     Mutant(
         "eps dropped",
-        "forward.py",
+        "normalise.py",
         "tl.rsqrt(var + tl.full((C.ROWS,), eps, C.COMPUTE))",
         "tl.rsqrt(var)",
         LAYOUTS,
@@ -109,7 +109,7 @@ MUTANTS = (
     ),
     Mutant(
         "looped row: lanes not merged",
-        "forward.py",
+        "normalise.py",
         "offset * offset * lane_count + lane_m2",
         "lane_m2",
         ACCURACY,
@@ -117,7 +117,7 @@ MUTANTS = (
     ),
     Mutant(
         "looped row: masked lanes counted",
-        "forward.py",
+        "normalise.py",
         "lane_count += chunk.mask.to(C.COMPUTE)",
         "lane_count += 1.0",
         ACCURACY,
@@ -125,14 +125,14 @@ MUTANTS = (
     ),
     Mutant(
         "looped row: sums not centred",
-        "forward.py",
+        "normalise.py",
         "start = tl.sum(first, axis=1) / C.BLOCK_N",
         "start = tl.sum(first, axis=1) * 0",
         f"{ACCURACY}::test_large_mean_costs_no_digits",
     ),
     Mutant(
         "bias not added",
-        "forward.py",
+        "normalise.py",
         "z = z + widen(load_parameter(norm.bias, chunk, C), C)",
         "z = z",
         ACCURACY,
@@ -224,7 +224,7 @@ MUTANTS = (
     # Backward.
     Mutant(
         "dx without c1",
-        "backward.py",
+        "gradients.py",
         "e - (d * c1 + c2)",
         "e - c2",
         ACCURACY,
@@ -232,7 +232,7 @@ MUTANTS = (
     ),
     Mutant(
         "dx without c2",
-        "backward.py",
+        "gradients.py",
         "e - (d * c1 + c2)",
         "e - d * c1",
         ACCURACY,
@@ -240,7 +240,7 @@ MUTANTS = (
     ),
     Mutant(
         "dx without rstd",
-        "backward.py",
+        "gradients.py",
         "e = dz * streams.rstd",
         "e = dz",
         ACCURACY,
@@ -395,7 +395,7 @@ MUTANTS = (
     ),
     Mutant(
         "gated: dweight of x_hat as it was before it was rounded",
-        "backward.py",
+        "gradients.py",
         "return e, dz * rounded(d * streams.rstd, C.X_HAT_DTYPE)",
         "return e, e * d",
         f"{GATED}::test_rounded_x_hat",
@@ -431,7 +431,7 @@ MUTANTS = (
     # The other terms, forward.
     Mutant(
         "residual subtracted",
-        "forward.py",
+        "normalise.py",
         "h += load_rows(stream.residual",
         "h -= load_rows(stream.residual",
         USES,
@@ -447,7 +447,7 @@ MUTANTS = (
     ),
     Mutant(
         "scale without its one",
-        "forward.py",
+        "normalise.py",
         "z = z * (1.0 + widen(scale, C))",
         "z = z * widen(scale, C)",
         USES,
@@ -479,7 +479,7 @@ MUTANTS = (
     ),
     Mutant(
         "stream normalised before it is rounded",
-        "forward.py",
+        "normalise.py",
         "return rounded(h, C.H_DTYPE)",
         "return h",
         TERMS,
@@ -487,7 +487,7 @@ MUTANTS = (
     ),
     Mutant(
         "RMS norm divides by the deviation",
-        "forward.py",
+        "normalise.py",
         "    centred = hs\n    if not RMS:",
         "    centred = hs\n    if True:",
         USES,
@@ -512,7 +512,7 @@ MUTANTS = (
     ),
     Mutant(
         "g without scale",
-        "backward.py",
+        "gradients.py",
         "factor = 1.0 + widen(",
         "factor = 1.0 + 0 * widen(",
         USES,

@@ -27,6 +27,7 @@ from fusednorm.spec import Gradients, Mask, drop_below, rows_and_columns
 from . import launch, plans
 from .config import Architecture, RowTile, backward_config, partial_rows
 from .finalize import launch_finalize
+from .gradients import load_column, load_factor, row_means, scaled, store_partial, through_norm
 from .tile import (
     Dropout,
     Rows,
@@ -35,13 +36,10 @@ from .tile import (
     chunk_columns,
     constants,
     dropped_out,
-    load_parameter,
     load_rows,
     load_term,
-    rounded,
     row_offsets,
     store_rows,
-    sum_pair,
     take_chunk,
     widen,
     zeros,
@@ -89,28 +87,6 @@ class Sums(NamedTuple):
 
 
 @triton.jit
-def _load_factor(weight_ptr, scale, samples, chunk, C: tl.constexpr):
-    """Return the tile of weight * (1 + scale), which are factors of e; one of them is there."""
-    if scale.ptr is None:
-        return load_parameter(weight_ptr, chunk, C)
-    else:
-        factor = 1.0 + widen(load_term(scale, samples, chunk.cols, C), C)
-        if weight_ptr is not None:
-            factor *= widen(load_parameter(weight_ptr, chunk, C), C)
-        return factor
-
-
-@triton.jit
-def scaled(streams, dz, d, C: tl.constexpr):
-    """Return rstd * dz, and dz * x_hat for the x_hat that the forward may have rounded."""
-    e = dz * streams.rstd
-    if C.X_HAT_DTYPE == C.COMPUTE:
-        return e, e * d
-    else:
-        return e, dz * rounded(d * streams.rstd, C.X_HAT_DTYPE)
-
-
-@triton.jit
 def _load_chunk(streams, factors, i, chunk, C: tl.constexpr):
     """Load a [ROWS, BLOCK_N] chunk, the i-th; return d, e, dz and dz * x_hat."""
     # Where the mask ends, d is arbitrary: it is only ever multiplied by dz or e, which are 0.
@@ -122,27 +98,6 @@ def _load_chunk(streams, factors, i, chunk, C: tl.constexpr):
     if len(factors) > 0:
         e *= widen(factors[i], C)
     return d, e, dz, dz_x_hat
-
-
-@triton.jit
-def row_means(streams, e_d, e_sum, C: tl.constexpr):
-    """Return the [ROWS, 1] c1 and c2; RMS has no c2, c1 stands in its place."""
-    if streams.mean is None:
-        c1 = tl.sum(e_d, axis=1)
-        c2 = c1
-    else:
-        c1, c2 = sum_pair(e_d, e_sum, C)
-    # One by one: the square of rstd may be out of range.
-    return (c1 / C.N)[:, None] * streams.rstd * streams.rstd, (c2 / C.N)[:, None]
-
-
-@triton.jit
-def through_norm(streams, d, e, c1, c2):
-    """Return a chunk of what dresidual owes to dz."""
-    if streams.mean is None:
-        return e - d * c1
-    else:
-        return e - (d * c1 + c2)
 
 
 @triton.jit
@@ -205,19 +160,6 @@ def _without_dz(streams, terms, sums, tile, C: tl.constexpr):
     return Sums(sums.dz_x_hat, sums.dz, dgates)
 
 
-@triton.jit
-def load_column(ptr, tile):
-    """Return one number of each row, [ROWS, 1]."""
-    return tl.load(ptr + tile.rows, mask=tile.rows < tile.end, other=0.0)[:, None]
-
-
-@triton.jit
-def store_partial(ptr, offset, cols, sums, N: tl.constexpr):
-    """Store a chunk of the partial row at `offset`; nothing where `ptr` is None."""
-    if ptr is not None:
-        tl.store(ptr + offset + cols, tl.sum(sums, axis=0), mask=cols < N)
-
-
 # No value of M or of a stride may become part of what is compiled.
 @triton.jit(do_not_specialize=("dz_stride", "h_stride", "scale_stride", "rows_per_sample", "steps"))
 def layer_norm_bwd_sums_kernel(
@@ -268,7 +210,7 @@ def layer_norm_bwd_sums_kernel(
         chunk = take_chunk(tile, i, C)
         factors = ()
         if weight_ptr is not None or scale_ptr is not None:
-            factors = (_load_factor(weight_ptr, scale, samples, chunk, C),)
+            factors = (load_factor(weight_ptr, scale, samples, chunk, C),)
         d, e, _, _ = _load_chunk(streams, factors, 0, chunk, C)
         e_d += e * d
         e_sum += e
@@ -280,17 +222,8 @@ def layer_norm_bwd_sums_kernel(
 
 @triton.jit(
     do_not_specialize=(
-        "M",
-        "dz_stride",
-        "dh_stride",
-        "h_stride",
-        "x_stride",
-        "gate_stride",
-        "scale_stride",
-        "rows_per_sample",
-        "programs_per_sample",
-        "rows_per_program",
-        "drop_below",
+        *("M", "dz_stride", "dh_stride", "h_stride", "x_stride", "gate_stride", "scale_stride"),
+        *("rows_per_sample", "programs_per_sample", "rows_per_program", "drop_below"),
     )
 )
 def layer_norm_bwd_kernel(
@@ -369,7 +302,7 @@ def layer_norm_bwd_kernel(
     for i in tl.static_range(CHUNKS):
         chunk = take_chunk(tile, i, C)
         if weight_ptr is not None or scale_ptr is not None:
-            factors += (_load_factor(weight_ptr, scale, samples, chunk, C),)
+            factors += (load_factor(weight_ptr, scale, samples, chunk, C),)
         if gate_ptr is not None:
             gates += (load_term(gate, samples, chunk.cols, C),)
         nothing += (zeros(C),)

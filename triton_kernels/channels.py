@@ -20,7 +20,6 @@ import triton.language as tl
 from fusednorm.spec import compute_dtype
 
 from . import launch, plans
-from .backward import load_column, row_means, scaled, through_norm
 from .config import (
     RowTile,
     channels_backward_config,
@@ -29,7 +28,8 @@ from .config import (
     vector_elements,
 )
 from .finalize import launch_finalize
-from .forward import normalised, row_statistics
+from .gradients import load_column, row_means, scaled, through_norm
+from .normalise import normalised, row_statistics
 from .tile import Tile, cast, constants, corrects_mean, take_chunk
 
 

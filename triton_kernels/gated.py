@@ -5,7 +5,7 @@
 where y = x_hat * weight + bias and x_hat is normalised by the statistics of each group of columns.
 A program works on one group of its rows, as if the rows were as long as a group: row r of group k
 is row r * GROUPS + k of [M * GROUPS, N] outputs, statistics and partial sums, with N the columns of
-a group. Statistics, row sums and partial rows are those of forward.py and backward.py.
+a group. Statistics, row sums and partial rows are those of normalise.py and gradients.py.
 
 With s = silu(gate), s' its derivative, du the gradient of what is normalised, and d and e as there:
 
@@ -24,16 +24,10 @@ import triton.language as tl
 from fusednorm.spec import compute_dtype, rows_and_columns
 
 from . import launch, plans
-from .backward import (
-    load_column,
-    row_means,
-    scaled,
-    store_partial,
-    through_norm,
-)
 from .config import Architecture, RowTile, backward_config, forward_config, partial_rows
 from .finalize import launch_finalize
-from .forward import Norm, Stream, looped, resident
+from .gradients import load_column, row_means, scaled, store_partial, through_norm
+from .normalise import Norm, Stream, looped, resident
 from .tile import (
     Dropout,
     Rows,
