@@ -2,6 +2,7 @@
 
 #include <dlfcn.h>
 
+#include <algorithm>
 #include <cstring>
 #include <initializer_list>
 #include <memory>
@@ -20,10 +21,14 @@ namespace {
 
 // As much of CUDA's driver as a launch takes, from the library that this process has.
 struct Driver {
+  struct Attribute {
+    uint64_t id;
+    unsigned value[16];
+  };
   struct Config {
     unsigned grid[3], block[3], shared;
     void* stream;
-    void* attributes;
+    const Attribute* attributes;
     unsigned attribute_count;
   };
   int (*launch)(const Config*, void* function, void** arguments, void** extra);
@@ -63,6 +68,7 @@ struct Start {
   std::string name;
   unsigned grid[3], threads, shared;
   std::vector<Argument> arguments;
+  std::vector<Driver::Attribute> attributes;
 };
 
 struct Plan {
@@ -167,7 +173,8 @@ void start(const Start& s, const void* const* pointers, void* stream) {
     addresses[i] = &words[i];
   }
   const Driver::Config config{
-      {s.grid[0], s.grid[1], s.grid[2]}, {s.threads, 1, 1}, s.shared, stream, nullptr, 0};
+      {s.grid[0], s.grid[1], s.grid[2]}, {s.threads, 1, 1}, s.shared, stream, s.attributes.data(),
+      unsigned(s.attributes.size())};
   const int error = driver().launch(&config, s.function, addresses.data(), nullptr);
   if (error == 0) return;
   const char* text = nullptr;
@@ -347,7 +354,7 @@ Ref element(PyObject* sequence, Py_ssize_t i) { return Ref(PySequence_GetItem(se
 
 unsigned small(const Ref& number) { return unsigned(integer(number.get())); }
 
-// (function, name, grid, threads, shared, arguments)
+// (function, name, grid, threads, shared, arguments, attributes)
 Start read_start(PyObject* given) {
   Start s{};
   s.function = PyLong_AsVoidPtr(element(given, 0).get());
@@ -363,6 +370,14 @@ Start read_start(PyObject* given) {
     const Ref argument = element(arguments.get(), i);
     s.arguments.push_back({int(integer(element(argument.get(), 0).get())),
                            PyLong_AsUnsignedLongLong(element(argument.get(), 1).get())});
+  }
+  const Ref attributes = element(given, 6);
+  for (Py_ssize_t i = 0; i < PySequence_Size(attributes.get()); ++i) {
+    const Ref attribute = element(attributes.get(), i), value = element(attribute.get(), 1);
+    Driver::Attribute read{uint64_t(integer(element(attribute.get(), 0).get())), {}};
+    for (Py_ssize_t j = 0; j < std::min<Py_ssize_t>(PySequence_Size(value.get()), 16); ++j)
+      read.value[j] = small(element(value.get(), j));
+    s.attributes.push_back(read);
   }
   if (PyErr_Occurred()) throw Raised{};
   return s;

@@ -46,8 +46,8 @@ from fusednorm.triton_kernels.config import (
 
 TARGETS = {
     "sm_80": (GPUTarget("cuda", 80, 32), Architecture(32, 108, 166912, 65536)),
-    "sm_90": (GPUTarget("cuda", 90, 32), Architecture(32, 132, 232448, 65536)),
-    "sm_100": (GPUTarget("cuda", 100, 32), Architecture(32, 148, 232448, 65536)),
+    "sm_90": (GPUTarget("cuda", 90, 32), Architecture(32, 132, 232448, 65536, 8)),
+    "sm_100": (GPUTarget("cuda", 100, 32), Architecture(32, 148, 232448, 65536, 8)),
     "gfx942": (GPUTarget("hip", "gfx942", 64), Architecture(64, 304, 65536, 0)),
     "gfx950": (GPUTarget("hip", "gfx950", 64), Architecture(64, 256, 163840, 0)),
 }
@@ -65,10 +65,10 @@ KINDS = ("forward", "backward", "backward_dx", "finalize")
 COMMON = (
     *(1, 3, 17, 64, 96, 128, 256, 257, 384, 512, 768, 769, 1000, 1024, 1025, 1280, 1536, 2048),
     *(2560, 3000, 3072, 4096, 5120, 6144, 7168, 7680, 8192, 8193, 10240, 12288, 14336, 16384),
-    *(20480, 24576, 32768, 40000, 65536, 131072),
+    *(20480, 24576, 32768, 40000, 65536, 131072, 262144),
 )
 
-FEW = (1024, 4096, 8192, 12288, 131072)
+FEW = (1024, 4096, 8192, 12288, 32768, 131072)
 
 # The policy changes with every N while rows are short and with some multiple of 256 later; just
 # under a multiple are the rows that end in a partial vector or a partial tile.
@@ -668,6 +668,7 @@ def inspect(arch: str, work: list[Job]) -> list[dict[str, Any]]:
             "kernel": kernel.metadata.name,
             "hash": kernel.hash,
             "num_warps": kernel.metadata.num_warps,
+            "cluster": kernel.metadata.num_ctas,
             "shared": kernel.metadata.shared,
             "shared_limit": TARGETS[arch][1].shared_bytes,
             # Of x; a tile for a wider stream holds fewer elements of it.
@@ -723,12 +724,13 @@ def occupancy(entry: dict[str, Any]) -> dict[str, Any]:
     cols = min(lanes, entry["cols"]) if walks or split else entry["cols"]
     # Copies of fewer than four bytes are not asynchronous, so nothing is fetched ahead.
     ahead = constants.get("NUM_STAGES", 1) - 1 if "LDGSTS" in entry["machine"] else 0
-    per_thread = rows * lanes / (entry["num_warps"] * 32)
+    cluster = entry["cluster"]
+    per_thread = rows * lanes / (cluster * entry["num_warps"] * 32)
     again = constants.get("FORM") == "reload" or constants.get("LOOPED") == 1
     floor = entry["reads"] + entry["writes"]
     return {
         "programs": fit,
-        "in_flight": working * max(1, ahead) * rows * cols * entry["reads"],
+        "in_flight": working * max(1, ahead) * rows * cols * entry["reads"] // cluster,
         "instructions_per_element": entry["instructions"] / per_thread * lanes / cols,
         "floor_bytes": floor,
         "moved_bytes": floor + (entry["reads"] if again else 0),
@@ -786,7 +788,8 @@ def describe(entry: dict[str, Any]) -> str:
     name += f" ({entry['planted']})" if entry["planted"] else ""
     return (
         f"{entry['arch']:6} {name:20} {dtype:16} N={entry['cols']:<6} {tile:11} {form:8} "
-        f"warps={entry['num_warps']:<2} {stages:8}"
+        f"warps={entry['num_warps']:<2}"
+        f"{'x' + str(entry['cluster']) if entry['cluster'] > 1 else '':2} {stages:8}"
     )
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers import DTYPES, Case, assert_accurate, make_case, oracle, reference_layer_norm, run
 
 import fusednorm
+from fusednorm import backends
 
 COLS = (1, 2, 3, 5, 17, 31, 33, 127, 769, 1000, 1023, 1025, 3000, 4097, 8193, 12288, 65536)
 MEANS = (0.0, 1000.0, 40000.0)
@@ -37,6 +40,20 @@ def test_error_is_at_most_that_of_torch(
     assert_accurate(
         lambda: make_case(_rows(cols), cols, dtype, kernels, mean=mean), draws=_draws(cols)
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("cols", [12289, 16384, 40000])
+def test_error_of_rows_that_a_cluster_shares(
+    kernels: torch.device, monkeypatch: pytest.MonkeyPatch, cols: int, dtype: torch.dtype
+) -> None:
+    """Whole rows of any length are held where there are clusters, as interpreted ones may be."""
+    from fusednorm.triton_kernels import launch
+
+    if kernels.type == "cpu":
+        with_clusters = replace(launch.architecture(kernels), cluster=8)
+        monkeypatch.setattr(launch, "architecture", lambda device: with_clusters)
+    assert_accurate(lambda: make_case(5, cols, dtype, kernels, mean=1000.0))
 
 
 @pytest.mark.parametrize("affine", AFFINE[1:], ids=["weight", "bias", "none"])
@@ -79,6 +96,31 @@ def test_large_mean_costs_no_digits(kernels: torch.device, cols: int) -> None:
     spacing = torch.finfo(torch.float32).eps * 2.0**15
     y = fusednorm.layer_norm(x, cols)
     assert (y - F.layer_norm(x.double(), (cols,))).abs().max() < spacing / 32
+
+
+@pytest.mark.parametrize("cols", [3, 769, 3000])
+def test_large_mean_of_16_bits_costs_no_digits_of_a_wider_result(
+    kernels: torch.device, cols: int
+) -> None:
+    """A z of float32, as under autocast, shows more of the mean's rounding than 16 bits do."""
+    x = (200 + 10 * torch.randn(3, cols, dtype=torch.float64)).to(kernels, torch.bfloat16)
+    terms = (None,) * 7
+    shape_and_kind = (cols,), 1e-5, False, 0.0
+    y, *_ = backends.launchers("triton").forward(
+        x, *terms, *shape_and_kind, torch.float32, None, None, False, False
+    )
+    truth = F.layer_norm(x.double(), (cols,))
+    assert (y - truth).abs().max() <= 4 * torch.finfo(torch.float32).eps * truth.abs().max()
+
+
+@pytest.mark.parametrize("cols", [3, 769, 3000])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_equal_numbers_are_their_own_mean(
+    kernels: torch.device, dtype: torch.dtype, cols: int
+) -> None:
+    """Such rows become 0 however large they are: nothing but eps bounds their rstd."""
+    x = torch.tensor([[60000.0], [999.0], [-0.3], [0.0]]).to(kernels, dtype)
+    assert not fusednorm.layer_norm(x.expand(-1, cols).contiguous(), cols).any()
 
 
 def test_variance_of_the_hardest_rows(kernels: torch.device) -> None:

@@ -232,6 +232,19 @@ def test_pipelined_backward_copies_asynchronously(rungs: list[Entry], arch: str)
     check(pipelined, synchronous)
 
 
+@pytest.mark.parametrize("arch", ["sm_90", "sm_100"])
+def test_long_rows_stay_in_a_cluster(rungs: list[Entry], arch: str) -> None:
+    """They are read once, by the processors that add them up together."""
+    names = "layer_norm_fwd_kernel", "layer_norm_bwd_kernel"
+    long = [e for e in rungs if e["arch"] == arch and e["cols"] == 32768 and e["kernel"] in names]
+    narrow = [e for e in long if e["dtype"] != "float64"]
+    assert {(e["kernel"], e["cluster"]) for e in narrow} >= {*zip(names, (2, 4), strict=True)}
+    check(
+        narrow,
+        lambda e: "" if e["cluster"] > 1 and e["moved_bytes"] == e["floor_bytes"] else "read twice",
+    )
+
+
 def test_number_of_rows_is_not_compiled_in(rungs: list[Entry]) -> None:
     """Rows that divide 16, that do not, and a lone row share one kernel."""
     variants: dict[tuple[object, ...], dict[str, set[int]]] = {}

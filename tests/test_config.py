@@ -25,7 +25,7 @@ from fusednorm.triton_kernels.config import (
 ARCHITECTURES = {
     "sm_80": Architecture(32, 108, 166912, 65536),
     "sm_86": Architecture(32, 82, 101376, 65536),
-    "sm_90": Architecture(32, 132, 232448, 65536),
+    "sm_90": Architecture(32, 132, 232448, 65536, 8),
     "gfx942": Architecture(64, 304, 65536, 0),
     "interpreter": Architecture(32, 4, 232448, 0),
 }
@@ -62,6 +62,12 @@ def _tiles(cols: int, itemsize: int, arch: Architecture) -> dict[str, RowTile]:
         "finalize": finalize_tile(cols, arch),
     }
     return {name: tile for name, tile in tiles.items() if tile is not None}
+
+
+def _held(tile: RowTile, arch: Architecture) -> float:
+    """Return the elements that each thread holds."""
+    elements = tile.rows * tile.chunks * tile.block_n
+    return elements / (tile.cluster * tile.num_warps * arch.warp_size)
 
 
 def _resident(cols: int, itemsize: int, arch: Architecture) -> dict[str, RowTile]:
@@ -106,7 +112,7 @@ def test_backward_of_several_terms_keeps_few_columns(
         if backward.form != "split":
             lanes = tile.chunks * tile.block_n
             assert tile.chunks <= 4, cols
-            assert tile.rows * lanes * itemsize <= 64 * tile.num_warps * arch.warp_size, cols
+            assert _held(tile, arch) * itemsize <= 64, cols
             few = 4 * (lanes - cols) < lanes or lanes * itemsize <= 4 * MIN_BLOCK_BYTES
             assert few or _ceil_div(cols, tile.block_n // 2) > 4, cols
             assert 2 * (lanes - cols) < lanes or lanes * itemsize <= MIN_BLOCK_BYTES, cols
@@ -133,7 +139,7 @@ def test_programs_are_launchable(itemsize: int, arch: Architecture) -> None:
     for cols in COLS:
         resident = {"finalize", *_resident(cols, itemsize, arch)}
         for name, tile in _tiles(cols, itemsize, arch).items():
-            for size in (tile.block_n, tile.rows, tile.num_warps):
+            for size in (tile.block_n, tile.rows, tile.num_warps, tile.cluster):
                 assert _is_power_of_two(size), (cols, name, tile)
             assert tile.chunks >= 1, (cols, name)
             most = MAX_THREADS if name in resident else LOOPED_THREADS
@@ -146,8 +152,7 @@ def test_threads_have_work_and_registers_for_it(itemsize: int, arch: Architectur
     """A thread moves at least one vector of a full tile and holds at most 64 registers of a row."""
     for cols in COLS:
         for name, tile in _tiles(cols, itemsize, arch).items():
-            elements = tile.rows * tile.chunks * tile.block_n
-            per_thread = elements / (tile.num_warps * arch.warp_size)
+            per_thread = _held(tile, arch)
             registers = per_thread * max(1, itemsize // 4)
             assert registers <= 64, (cols, name)
             if name in ("forward", "backward") and cols * itemsize >= VECTOR_BYTES:
@@ -158,9 +163,9 @@ def test_threads_have_work_and_registers_for_it(itemsize: int, arch: Architectur
 @every_itemsize
 def test_forms_follow_each_other(itemsize: int, arch: Architecture) -> None:
     """A longer row never goes back to a form for shorter ones; only the split form has sums."""
-    order = ("resident", "reload", "split")
+    order = ("resident", "reload", "cluster", "split")
     forms = [backward_config(cols, itemsize, arch, 2 * itemsize) for cols in COLS]
-    ranks = [order.index(form.form) for form in forms]
+    ranks = [order.index("cluster" if f.tile.cluster > 1 else f.form) for f in forms]
     assert ranks == sorted(ranks)
     assert {order[rank] for rank in ranks} >= {"resident", "split"}
     assert all((form.sums is not None) == (form.form == "split") for form in forms)
@@ -185,10 +190,18 @@ def test_only_partial_rows_sees_the_number_of_rows(policy: object) -> None:
 
 @every_itemsize
 def test_sums_inside_a_row_are_the_same_on_all_nvidia_devices(itemsize: int) -> None:
-    """The bits of y and dx depend on columns and dtype, not on what else a device has."""
+    """The bits of y and dx depend on columns and dtype, not on what else a device has.
+
+    Only rows that a cluster shares depend on whether there are clusters.
+    """
     for cols in COLS:
         tilings = set()
-        for name in ("sm_80", "sm_86", "sm_90", "interpreter"):
+        names = ["sm_80", "sm_86", "interpreter"]
+        if all(
+            tile.cluster == 1 for tile in _tiles(cols, itemsize, ARCHITECTURES["sm_90"]).values()
+        ):
+            names.append("sm_90")
+        for name in names:
             forward = forward_config(cols, itemsize, ARCHITECTURES[name])
             backward = backward_config(cols, itemsize, ARCHITECTURES[name], 2 * itemsize)
             tilings.add((forward, backward.tile, backward.form, backward.sums))
@@ -203,7 +216,7 @@ def test_pipeline_fits_in_shared_memory(itemsize: int, arch: Architecture) -> No
         backward = backward_config(cols, itemsize, arch, 2 * itemsize)
         tile = backward.tile
         copies = 4 if backward.form == "reload" else 2
-        stage = copies * tile.rows * tile.chunks * tile.block_n * itemsize
+        stage = copies * tile.rows * tile.chunks * tile.block_n * itemsize // tile.cluster
         used = (backward.num_stages - 1) * stage + REDUCTION_BYTES
         assert backward.num_stages >= 1, cols
         assert backward.programs_per_processor >= 1, cols
@@ -239,7 +252,7 @@ def test_backward_has_registers_for_its_sums(
         backward = backward_config(cols, itemsize, arch, streams * itemsize, gate_gradient)
         tile = backward.tile
         limit = arch.max_registers(tile.num_warps, backward.programs_per_processor)
-        held = tile.rows * tile.chunks * tile.block_n // (tile.num_warps * arch.warp_size)
+        held = _held(tile, arch)
         if limit is not None and backward.form != "reload":
             assert limit >= held * max(1, itemsize // 4) * (5 + gate_gradient), cols
 
@@ -260,6 +273,34 @@ def _ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
+@every_itemsize
+def test_long_rows_are_shared_by_the_smallest_cluster(itemsize: int) -> None:
+    """Each program gets no more of a row than it holds alone, and half of them would not do."""
+    arch = ARCHITECTURES["sm_90"]
+    most = {"forward": 16384, "backward": 8192}
+    found = set()
+    for cols in COLS:
+        for name, tile in _resident(cols, itemsize, arch).items():
+            if tile.cluster > 1:
+                found.add((name, tile.cluster))
+                assert most[name] * tile.cluster // 2 < cols <= most[name] * tile.cluster, cols
+                assert tile.block_n % tile.cluster == 0
+                assert tile.rows == 1
+    expected = {(name, size) for name in most for size in (2, 4, 8)} if itemsize < 8 else set()
+    assert found == expected
+
+
+def test_clusters_leave_no_partial_wave() -> None:
+    """A group of 16 processors holds whole clusters only; a few may be missing of each device."""
+    arch = ARCHITECTURES["sm_90"]
+    for size in (2, 4, 8):
+        assert arch.clusters(size) * size <= arch.processors * 15 // 16
+        assert (arch.clusters(size) + 1) * size > arch.processors * 14 // 16
+    config = backward_config(65536, 2, arch, 4)
+    assert config.tile.cluster == 8
+    assert partial_rows(10**6, 2, 1, config, arch) == arch.clusters(8) == 15
+
+
 def _column_blocks(cols: int, config: BackwardConfig) -> int:
     return _ceil_div(cols, config.tile.block_n) if config.form == "split" else 1
 
@@ -275,7 +316,7 @@ def test_partial_rows(cols: int, itemsize: int, arch: Architecture) -> None:
     backward = backward_config(cols, itemsize, arch, 2 * itemsize)
     blocks = _column_blocks(cols, backward)
     tile = backward.tile
-    wave = arch.processors * backward.programs_per_processor
+    wave = arch.clusters(tile.cluster) * backward.programs_per_processor
     counts = []
     for rows in ROWS:
         partials = partial_rows(rows, itemsize, blocks, backward, arch)
@@ -297,7 +338,7 @@ def test_traffic_of_partials(cols: int, itemsize: int, arch: Architecture) -> No
     """Partials are under 3 % of the bytes moved once the batch keeps every processor busy."""
     backward = backward_config(cols, itemsize, arch, 2 * itemsize)
     blocks = _column_blocks(cols, backward)
-    busy = arch.processors * min(2, backward.programs_per_processor)
+    busy = arch.clusters(backward.tile.cluster) * min(2, backward.programs_per_processor)
     for rows in ROWS:
         partials = partial_rows(rows, itemsize, blocks, backward, arch)
         written_and_read = 16 * partials  # bytes a column: two float32, twice
@@ -324,6 +365,6 @@ def test_configurations_are_values() -> None:
     """Equal questions get the very same answer, which nobody can change."""
     arch = ARCHITECTURES["sm_90"]
     first = backward_config(4096, 2, arch, 4)
-    assert backward_config(4096, 2, Architecture(32, 132, 232448, 65536), 4) is first
+    assert backward_config(4096, 2, Architecture(32, 132, 232448, 65536, 8), 4) is first
     with pytest.raises(AttributeError):
         first.num_stages = 1

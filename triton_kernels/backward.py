@@ -1,12 +1,12 @@
 """Backward kernels and their launcher: every gradient of the whole equation.
 
-With dy = dz * (1 + scale), g = dy * weight, x_hat = (h - mean) * rstd, c1 = mean(g * x_hat) and
-c2 = mean(g) of a row (0 for RMS), and dh the gradient of h as an output:
+With dy = dz * (1 + scale), d = h - mean, x_hat = d * rstd, e = dy * weight * rstd and, of a row,
+c1 = mean(e * d) * rstd^2 and c2 = mean(e) (0 for RMS), and dh the gradient of h as an output:
 
-    dresidual = rstd * (g - x_hat * c1 - c2) + dh    dx = dresidual * gate * keep
-    dgate = sum of dresidual * dropout(x)            keep = 0 or 1 / (1 - dropout_p)
-    dweight = sum of dy * x_hat                      dscale = sum of dz * y
-    dbias = sum of dy                                dshift = sum of dz
+    dresidual = e - d * c1 - c2 + dh           dx = dresidual * gate * keep
+    dgate = sum of dresidual * dropout(x)      keep = 0 or 1 / (1 - dropout_p)
+    dweight = sum of dy * x_hat                dscale = sum of dz * y
+    dbias = sum of dy                          dshift = sum of dz
 
 The last four follow from two sums over the rows of one sample, of dz * x_hat and of dz. Persistent
 programs own consecutive rows of one sample and keep these sums in registers; each leaves one
@@ -27,6 +27,7 @@ from fusednorm.spec import Gradients, Mask, drop_below, rows_and_columns
 from . import launch, plans
 from .config import Architecture, RowTile, backward_config, partial_rows
 from .finalize import launch_finalize
+from .gradients import load_column, load_factor, row_means, scaled, store_partial, through_norm
 from .tile import (
     Dropout,
     Rows,
@@ -35,14 +36,12 @@ from .tile import (
     chunk_columns,
     constants,
     dropped_out,
-    load_parameter,
     load_rows,
     load_term,
-    rounded,
     row_offsets,
     store_rows,
-    sum_pair,
     take_chunk,
+    widen,
     zeros,
 )
 
@@ -88,48 +87,17 @@ class Sums(NamedTuple):
 
 
 @triton.jit
-def _load_factor(weight_ptr, scale, samples, chunk, C: tl.constexpr):
-    """Return the tile of weight * (1 + scale), by which dz becomes g; one of them is there."""
-    if scale.ptr is None:
-        return load_parameter(weight_ptr, chunk, C)
-    else:
-        factor = 1.0 + load_term(scale, samples, chunk.cols, C).to(C.COMPUTE)
-        if weight_ptr is not None:
-            factor *= load_parameter(weight_ptr, chunk, C).to(C.COMPUTE)
-        return factor
-
-
-@triton.jit
 def _load_chunk(streams, factors, i, chunk, C: tl.constexpr):
-    """Load a [ROWS, BLOCK_N] chunk, the i-th; return x_hat, dz and g = dz * factor."""
-    h = load_rows(streams.h, chunk, C)
+    """Load a [ROWS, BLOCK_N] chunk, the i-th; return d, e, dz and dz * x_hat."""
+    # Where the mask ends, d is arbitrary: it is only ever multiplied by dz or e, which are 0.
+    d = load_rows(streams.h, chunk, C)
+    if streams.mean is not None:
+        d -= streams.mean
     dz = load_rows(streams.dz, chunk, C)
-    # Where the mask ends, x_hat is arbitrary: it is only ever multiplied by dz or g, which are 0.
-    x_hat = h * streams.rstd if streams.mean is None else (h - streams.mean) * streams.rstd
-    g = dz
+    e, dz_x_hat = scaled(streams, dz, d, C)
     if len(factors) > 0:
-        g = dz * factors[i].to(C.COMPUTE)
-    return x_hat, dz, g
-
-
-@triton.jit
-def row_means(streams, g_x_hat, g_sum, C: tl.constexpr):
-    """Return the [ROWS, 1] c1 and c2; RMS has no c2, c1 stands in its place."""
-    if streams.mean is None:
-        c1 = tl.sum(g_x_hat, axis=1) / C.N
-        return c1[:, None], c1[:, None]
-    else:
-        c1, c2 = sum_pair(g_x_hat, g_sum, C)
-        return (c1 / C.N)[:, None], (c2 / C.N)[:, None]
-
-
-@triton.jit
-def through_norm(streams, x_hat, g, c1, c2):
-    """Return a chunk of what dresidual owes to dz."""
-    if streams.mean is None:
-        return streams.rstd * (g - x_hat * c1)
-    else:
-        return streams.rstd * (g - (x_hat * c1 + c2))
+        e *= widen(factors[i], C)
+    return d, e, dz, dz_x_hat
 
 
 @triton.jit
@@ -143,9 +111,44 @@ def _store_chunk(streams, terms, dgate, dh, tile, i, C: tl.constexpr):
     if streams.x.ptr is not None:
         dgate += dh * load_rows(streams.x, chunk, C)
     if len(terms.gates) > 0:
-        dh *= terms.gates[i].to(C.COMPUTE)
+        dh *= widen(terms.gates[i], C)
     store_rows(streams.dx, tile, chunk, dh, C)
     return dgate
+
+
+@triton.jit
+def _take_tile(streams, terms, sums, tile, c1, c2, AGAIN: tl.constexpr, C: tl.constexpr):
+    """Take a tile, whose c1 and c2 may be known; return the sums with its share added.
+
+    d and e are kept across the row sums or, with AGAIN, loaded and computed once more.
+    """
+    ds = ()
+    es = ()
+    dz_x_hats = ()
+    dzs = ()
+    for i in tl.static_range(C.CHUNKS):
+        d, e, dz, dz_x_hat = _load_chunk(streams, terms.factors, i, take_chunk(tile, i, C), C)
+        if i == 0:
+            e_d = e * d
+            e_sum = e
+        else:
+            e_d += e * d
+            e_sum += e
+        dz_x_hats += (sums.dz_x_hat[i] + dz_x_hat,)
+        dzs += (sums.dz[i] + dz,)
+        ds += (d,)
+        es += (e,)
+    if c1 is None:
+        c1, c2 = row_means(streams, e_d, e_sum, C)
+    dgates = ()
+    for i in tl.static_range(C.CHUNKS):
+        if AGAIN:
+            d, e, _, _ = _load_chunk(streams, terms.factors, i, take_chunk(tile, i, C), C)
+            dh = through_norm(streams, d, e, c1, c2)
+        else:
+            dh = through_norm(streams, ds[i], es[i], c1, c2)
+        dgates += (_store_chunk(streams, terms, sums.dgate[i], dh, tile, i, C),)
+    return Sums(dz_x_hats, dzs, dgates)
 
 
 @triton.jit
@@ -155,82 +158,6 @@ def _without_dz(streams, terms, sums, tile, C: tl.constexpr):
     for i in tl.static_range(C.CHUNKS):
         dgates += (_store_chunk(streams, terms, sums.dgate[i], zeros(C), tile, i, C),)
     return Sums(sums.dz_x_hat, sums.dz, dgates)
-
-
-@triton.jit
-def _resident(streams, terms, sums, tile, C: tl.constexpr):
-    """Take a tile whose x_hat and g wait in registers for the row sums; return the sums."""
-    x_hats = ()
-    gs = ()
-    dz_x_hats = ()
-    dzs = ()
-    for i in tl.static_range(C.CHUNKS):
-        x_hat, dz, g = _load_chunk(streams, terms.factors, i, take_chunk(tile, i, C), C)
-        if i == 0:
-            g_x_hat = g * x_hat
-            g_sum = g
-        else:
-            g_x_hat += g * x_hat
-            g_sum += g
-        dz_x_hats += (sums.dz_x_hat[i] + dz * rounded(x_hat, C.X_HAT_DTYPE),)
-        dzs += (sums.dz[i] + dz,)
-        x_hats += (x_hat,)
-        gs += (g,)
-    c1, c2 = row_means(streams, g_x_hat, g_sum, C)
-    dgates = ()
-    for i in tl.static_range(C.CHUNKS):
-        dh = through_norm(streams, x_hats[i], gs[i], c1, c2)
-        dgates += (_store_chunk(streams, terms, sums.dgate[i], dh, tile, i, C),)
-    return Sums(dz_x_hats, dzs, dgates)
-
-
-@triton.jit
-def _reload(streams, terms, sums, tile, C: tl.constexpr):
-    """Take a tile whose h and dz are loaded again after the row sums; return the sums."""
-    dz_x_hats = ()
-    dzs = ()
-    for i in tl.static_range(C.CHUNKS):
-        x_hat, dz, g = _load_chunk(streams, terms.factors, i, take_chunk(tile, i, C), C)
-        if i == 0:
-            g_x_hat = g * x_hat
-            g_sum = g
-        else:
-            g_x_hat += g * x_hat
-            g_sum += g
-        dz_x_hats += (sums.dz_x_hat[i] + dz * rounded(x_hat, C.X_HAT_DTYPE),)
-        dzs += (sums.dz[i] + dz,)
-    c1, c2 = row_means(streams, g_x_hat, g_sum, C)
-    dgates = ()
-    for i in tl.static_range(C.CHUNKS):
-        x_hat, dz, g = _load_chunk(streams, terms.factors, i, take_chunk(tile, i, C), C)
-        dh = through_norm(streams, x_hat, g, c1, c2)
-        dgates += (_store_chunk(streams, terms, sums.dgate[i], dh, tile, i, C),)
-    return Sums(dz_x_hats, dzs, dgates)
-
-
-@triton.jit
-def _split(streams, terms, sums, c1, c2, tile, C: tl.constexpr):
-    """Take one chunk of rows whose c1 and c2 are known, or not needed; return the sums."""
-    x_hat, dz, g = _load_chunk(streams, terms.factors, 0, take_chunk(tile, 0, C), C)
-    dh = zeros(C)
-    if c1 is not None:
-        dh = through_norm(streams, x_hat, g, c1, c2)
-    dgate = _store_chunk(streams, terms, sums.dgate[0], dh, tile, 0, C)
-    dz_x_hat = sums.dz_x_hat[0] + dz * rounded(x_hat, C.X_HAT_DTYPE)
-    return Sums((dz_x_hat,), (sums.dz[0] + dz,), (dgate,))
-
-
-@triton.jit
-def load_column(ptr, tile):
-    """Return one number of each row, [ROWS, 1]."""
-    return tl.load(ptr + tile.rows, mask=tile.rows < tile.end, other=0.0)[:, None]
-
-
-@triton.jit
-def store_partial(ptr, offset, cols, sums, N: tl.constexpr):
-    """Store a chunk of the partial row at `offset`; nothing where `ptr` is None."""
-    if ptr is not None:
-        tl.store(ptr + offset + cols, tl.sum(sums, axis=0), mask=cols < N)
 
 
 # No value of M or of a stride may become part of what is compiled.
@@ -277,17 +204,17 @@ def layer_norm_bwd_sums_kernel(
         dx=None,
         dresidual=None,
     )
-    g_x_hat = zeros(C)
-    g_sum = zeros(C)
+    e_d = zeros(C)
+    e_sum = zeros(C)
     for i in tl.range(0, steps):
         chunk = take_chunk(tile, i, C)
         factors = ()
         if weight_ptr is not None or scale_ptr is not None:
-            factors = (_load_factor(weight_ptr, scale, samples, chunk, C),)
-        x_hat, _, g = _load_chunk(streams, factors, 0, chunk, C)
-        g_x_hat += g * x_hat
-        g_sum += g
-    c1, c2 = row_means(streams, g_x_hat, g_sum, C)
+            factors = (load_factor(weight_ptr, scale, samples, chunk, C),)
+        d, e, _, _ = _load_chunk(streams, factors, 0, chunk, C)
+        e_d += e * d
+        e_sum += e
+    c1, c2 = row_means(streams, e_d, e_sum, C)
     tl.store(c1_ptr + row[:, None], c1)
     if c2_ptr is not None:
         tl.store(c2_ptr + row[:, None], c2)
@@ -295,17 +222,8 @@ def layer_norm_bwd_sums_kernel(
 
 @triton.jit(
     do_not_specialize=(
-        "M",
-        "dz_stride",
-        "dh_stride",
-        "h_stride",
-        "x_stride",
-        "gate_stride",
-        "scale_stride",
-        "rows_per_sample",
-        "programs_per_sample",
-        "rows_per_program",
-        "drop_below",
+        *("M", "dz_stride", "dh_stride", "h_stride", "x_stride", "gate_stride", "scale_stride"),
+        *("rows_per_sample", "programs_per_sample", "rows_per_program", "drop_below"),
     )
 )
 def layer_norm_bwd_kernel(
@@ -357,7 +275,7 @@ def layer_norm_bwd_kernel(
 ):
     """Write dx and dresidual of a program's rows, and the partial sums over those rows.
 
-    FORM "resident" keeps x_hat and g across the row sums, "reload" loads h and dz again, "split"
+    FORM "resident" keeps d and e across the row sums, "reload" loads h and dz again, "split"
     works on one column block with row sums that are known already.
     """
     C: tl.constexpr = constants(N, ROWS, BLOCK_N, CHUNKS, TERM_VECTOR, COMPUTE, None, X_HAT_DTYPE)
@@ -384,7 +302,7 @@ def layer_norm_bwd_kernel(
     for i in tl.static_range(CHUNKS):
         chunk = take_chunk(tile, i, C)
         if weight_ptr is not None or scale_ptr is not None:
-            factors += (_load_factor(weight_ptr, scale, samples, chunk, C),)
+            factors += (load_factor(weight_ptr, scale, samples, chunk, C),)
         if gate_ptr is not None:
             gates += (load_term(gate, samples, chunk.cols, C),)
         nothing += (zeros(C),)
@@ -407,20 +325,17 @@ def layer_norm_bwd_kernel(
             dx=dx_ptr,
             dresidual=dresidual_ptr,
         )
+        c1 = None
+        c2 = None
+        if c1_ptr is not None:
+            c1 = load_column(c1_ptr, tile)
+            c2 = c1
+        if c2_ptr is not None:
+            c2 = load_column(c2_ptr, tile)
         if dz_ptr is None:
             sums = _without_dz(streams, terms, sums, tile, C)
-        elif FORM == "resident":
-            sums = _resident(streams, terms, sums, tile, C)
-        elif FORM == "reload":
-            sums = _reload(streams, terms, sums, tile, C)
         else:
-            c1 = None
-            c2 = None
-            if c1_ptr is not None:
-                c1 = load_column(c1_ptr, tile)
-            if c2_ptr is not None:
-                c2 = load_column(c2_ptr, tile)
-            sums = _split(streams, terms, sums, c1, c2, tile, C)
+            sums = _take_tile(streams, terms, sums, tile, c1, c2, FORM == "reload", C)
 
     partial = program * N
     for i in tl.static_range(CHUNKS):
@@ -564,7 +479,7 @@ def layer_norm_bwd(
             COMPUTE=launch.TRITON_DTYPE[rstd.dtype],
             NUM_STAGES=config.num_stages,
             **terms.chosen("SAMPLED", "GATE_SCALAR", "SCALE_SCALAR", "TERM_VECTOR"),
-            **launch.options(tile.num_warps, arch, config.programs_per_processor),
+            **launch.options(tile.num_warps, arch, config.programs_per_processor, tile.cluster),
         )
         if any(gradient is not None for gradient in gradients[2:]):
             launch_finalize(gradients, partials, programs, weight, bias, terms, cols, arch)

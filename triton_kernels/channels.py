@@ -20,7 +20,6 @@ import triton.language as tl
 from fusednorm.spec import compute_dtype
 
 from . import launch, plans
-from .backward import load_column, row_means, through_norm
 from .config import (
     RowTile,
     channels_backward_config,
@@ -29,8 +28,9 @@ from .config import (
     vector_elements,
 )
 from .finalize import launch_finalize
-from .forward import row_statistics
-from .tile import Tile, cast, constants, take_chunk
+from .gradients import load_column, row_means, scaled, through_norm
+from .normalise import normalised, row_statistics
+from .tile import Tile, cast, constants, corrects_mean, take_chunk
 
 
 class Image(NamedTuple):
@@ -111,7 +111,10 @@ def layer_norm2d_fwd_kernel(
     COMPUTE: tl.constexpr,
 ):
     """Normalise one tile."""
-    C: tl.constexpr = constants(N, ROWS, BLOCK_N, CHUNKS, 1, COMPUTE)
+    CORRECTED: tl.constexpr = corrects_mean(
+        RMS, N, x_ptr.dtype.element_ty, z_ptr.dtype.element_ty, COMPUTE
+    )
+    C: tl.constexpr = constants(N, ROWS, BLOCK_N, CHUNKS, 1, COMPUTE, None, None, CORRECTED)
     positions = positions.to(tl.int64) * VECTOR
     image, tile = _take_tile(tl.program_id(0), tiles, positions, ROWS)
     x = Image(x_ptr + image * batch_stride * VECTOR, channel_stride.to(INDEX) * VECTOR)
@@ -122,9 +125,7 @@ def layer_norm2d_fwd_kernel(
     centred, mean, correction, rstd = row_statistics(xs, tile, eps, RMS, C)
     for i in tl.static_range(CHUNKS):
         chunk = take_chunk(tile, i, C)
-        y = centred[i] * rstd[:, None]
-        if not RMS:
-            y -= (correction * rstd)[:, None]
+        y = normalised(centred[i], correction, rstd, C)
         if weight_ptr is not None:
             y *= _load_channels(weight_ptr, chunk, C)
         if bias_ptr is not None:
@@ -202,43 +203,43 @@ def layer_norm2d_bwd_kernel(
         if mean_ptr is not None:
             mean = load_column(mean_ptr + image * positions, tile)
         statistics = Statistics(mean, load_column(rstd_ptr + image * positions, tile))
-        x_hats = ()
-        gs = ()
+        ds = ()
+        es = ()
         new_dz_x_hats = ()
         new_dzs = ()
         for i in tl.static_range(CHUNKS):
             chunk = take_chunk(tile, i, C)
-            centred = _load(x, tile, chunk, C)
+            # Where the mask ends, d is arbitrary: it is only ever multiplied by dz or e, 0.
+            d = _load(x, tile, chunk, C)
             if mean_ptr is not None:
-                centred -= statistics.mean
-            # Where the mask ends, x_hat is arbitrary: it is only ever multiplied by dz or g, 0.
-            x_hat = centred * statistics.rstd
-            g = _load(dz, tile, chunk, C)
+                d -= statistics.mean
+            dz_chunk = _load(dz, tile, chunk, C)
+            e, dz_x_hat = scaled(statistics, dz_chunk, d, C)
             if dz_x_hat_ptr is not None:
-                new_dz_x_hats += (dz_x_hats[i] + tl.sum(g * x_hat, axis=0),)
+                new_dz_x_hats += (dz_x_hats[i] + tl.sum(dz_x_hat, axis=0),)
             else:
                 new_dz_x_hats += (dz_x_hats[i],)
             if dz_sum_ptr is not None:
-                new_dzs += (dzs[i] + tl.sum(g, axis=0),)
+                new_dzs += (dzs[i] + tl.sum(dz_chunk, axis=0),)
             else:
                 new_dzs += (dzs[i],)
             if weight_ptr is not None:
-                g *= weights[i]
+                e *= weights[i]
             if i == 0:
-                g_x_hat = g * x_hat
-                g_sum = g
+                e_d = e * d
+                e_sum = e
             else:
-                g_x_hat += g * x_hat
-                g_sum += g
-            x_hats += (x_hat,)
-            gs += (g,)
+                e_d += e * d
+                e_sum += e
+            ds += (d,)
+            es += (e,)
         dz_x_hats = new_dz_x_hats
         dzs = new_dzs
         if dx_ptr is not None:
             dx = Image(dx_ptr + image * N * positions, positions.to(INDEX))
-            c1, c2 = row_means(statistics, g_x_hat, g_sum, C)
+            c1, c2 = row_means(statistics, e_d, e_sum, C)
             for i in tl.static_range(CHUNKS):
-                dx_chunk = through_norm(statistics, x_hats[i], gs[i], c1, c2)
+                dx_chunk = through_norm(statistics, ds[i], es[i], c1, c2)
                 _store(dx, tile, take_chunk(tile, i, C), dx_chunk, C)
 
     for i in tl.static_range(CHUNKS):

@@ -11,7 +11,7 @@ BLOCK_N / (16 / itemsize) threads work on one row and each holds CHUNKS * 16 / i
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 VECTOR_BYTES = 16
@@ -31,6 +31,9 @@ MOST_CHUNKS = 4
 """Chunks of a row that a backward keeps which reads more than h and dz, or sums for a gate. Five
 would be 40 columns of 16 bits a thread, and spill hundreds of registers."""
 
+LINE_BYTES = 128
+"""A line of the cache, which the threads of a warp that read one row of several cover at least."""
+
 MIN_BLOCK_BYTES = 32
 """The smallest tile of a row, one DRAM sector. Rows shorter than a few sectors may leave more than
 a quarter of the lanes idle, but idle lanes of a fetched sector cost no bandwidth."""
@@ -49,12 +52,14 @@ class Architecture:
         processors: Streaming multiprocessors (compute units).
         shared_bytes: Shared memory that one program may use, in bytes.
         registers: 32-bit registers of a processor; 0 where the compiler takes no limit.
+        cluster: Programs that may share a row, each on a processor of its own; 1 where none may.
     """
 
     warp_size: int
     processors: int
     shared_bytes: int
     registers: int
+    cluster: int = 1
 
     def max_registers(self, num_warps: int, programs: int = 1) -> int | None:
         """Return the registers a thread may use where `programs` share a processor.
@@ -66,15 +71,26 @@ class Architecture:
             return None
         return min(255, self.registers // (programs * num_warps * self.warp_size) // 8 * 8)
 
+    def clusters(self, size: int) -> int:
+        """Return how many clusters of `size` programs surely run at once, one to a processor.
+
+        All of a cluster are on one group of 16 or 18 processors, some of which stay over.
+        """
+        return self.processors if size == 1 else self.processors * 15 // 16 // size
+
 
 @dataclass(frozen=True)
 class RowTile:
-    """How a program holds its rows: `rows` rows of `chunks` tiles of `block_n` columns."""
+    """How a program holds its rows: `rows` rows of `chunks` tiles of `block_n` columns.
+
+    Of a cluster of several programs, each of `num_warps`, each holds its share of every tile.
+    """
 
     block_n: int
     chunks: int
     rows: int
     num_warps: int
+    cluster: int = 1
 
 
 @dataclass(frozen=True)
@@ -142,6 +158,10 @@ FORWARD_TIERS = {
     ),
 }  # fmt: skip
 
+FORWARD_SHARE = 16384
+"""Columns that each program of a cluster holds in the forward: 256 threads with 64, so that two
+programs share a processor and one loads while the other one stores."""
+
 # Each column a thread owns costs two float32 accumulators, and two more registers while h and dz
 # are kept across the row sums: 16 columns a thread take about 100 registers.
 BACKWARD_TIERS = {
@@ -201,11 +221,10 @@ def _row_tile(
         most_chunks: Chunks that the tile may have before a quarter of it is idle.
     """
     vector = VECTOR_BYTES // itemsize
-    block = max(MIN_BLOCK, next_power_of_two(cols))
-    if cols > 32 * vector:
-        # Long rows: the fewest threads that hold the row, never fewer than 32, so that short rows
-        # need no reduction across warps and vectors stay 16 bytes wide.
-        block = max(next_power_of_two(-(-cols * vector // per_thread)), 32 * vector)
+    # The fewest threads that hold a row, so that it takes the fewest steps to add up; but a chunk
+    # covers a line of the cache, where there is as much.
+    fewest = next_power_of_two(-(-cols * vector // per_thread))
+    block = max(MIN_BLOCK, min(next_power_of_two(cols), max(fewest, LINE_BYTES // itemsize)))
     while (
         block * itemsize > MIN_BLOCK_BYTES
         and _idle_lanes(cols, block) >= 0.25
@@ -222,6 +241,27 @@ def _row_tile(
     return RowTile(block, chunks, rows, max(1, threads // warp_size))
 
 
+def _cluster_tile(
+    cols: int,
+    itemsize: int,
+    longest: int,
+    per_thread: int,
+    arch: Architecture,
+    most_chunks: int = 32,
+) -> RowTile | None:
+    """Tile a row for the smallest cluster of programs that hold `longest` columns each.
+
+    Return None where one program does, where the device has no such cluster, and for float64, whose
+    rows are rarely that long. For the other arguments see `_row_tile`.
+    """
+    cluster = next_power_of_two(-(-cols // longest))
+    if cluster == 1 or cluster > arch.cluster or itemsize == 8:
+        return None
+    share = -(-cols // cluster)
+    tile = _row_tile(share, itemsize, per_thread, 1, arch.warp_size, most_chunks)
+    return replace(tile, block_n=tile.block_n * cluster, cluster=cluster)
+
+
 def _looped_tile(itemsize: int, warp_size: int) -> RowTile:
     """Return the tile of a row that is walked in a loop: one 16-byte access a thread and step.
 
@@ -229,6 +269,12 @@ def _looped_tile(itemsize: int, warp_size: int) -> RowTile:
     walk one row, whose second walk finds it in L2: 132 rows of 131072 16-bit columns are 35 MB.
     """
     return RowTile(LOOPED_THREADS * VECTOR_BYTES // itemsize, 1, 1, LOOPED_THREADS // warp_size)
+
+
+def _held(tile: RowTile, warp_size: int) -> float:
+    """Return the elements that a thread holds."""
+    elements = tile.rows * tile.chunks * tile.block_n
+    return elements / (tile.cluster * tile.num_warps * warp_size)
 
 
 def _resident_threads(
@@ -245,7 +291,7 @@ def _resident_threads(
     each of its columns, or three with the gradient of a gate; float64 takes twice the registers,
     and more for its arithmetic. `python -m bench codegen` shows what the compilers make of it.
     """
-    held = tile.rows * tile.chunks * tile.block_n / (tile.num_warps * warp_size)
+    held = _held(tile, warp_size)
     held *= (1.5 if gate_gradient else 1.0) * (3 if itemsize == 8 else 1)
     step = (held > 16) + (held > 24)
     # Of several rows each has addresses of its own in a third tensor, or where no vector aligns.
@@ -262,6 +308,8 @@ def _tier(tiers: Mapping[int, tuple[Tier, ...]], cols: int, itemsize: int) -> Ti
 @lru_cache(maxsize=4096)
 def forward_config(cols: int, itemsize: int, arch: Architecture) -> ForwardConfig:
     """Return the forward launch for rows of `cols` elements of `itemsize` bytes."""
+    if tile := _cluster_tile(cols, itemsize, FORWARD_SHARE, 64, arch):
+        return ForwardConfig(tile, False)
     if tier := _tier(FORWARD_TIERS, cols, itemsize):
         share = tier.per_thread, tier.rows_per_thread
         return ForwardConfig(_row_tile(cols, itemsize, *share, arch.warp_size), False)
@@ -293,18 +341,24 @@ def backward_config(
         form = "resident"
         share = per_thread, tier.rows_per_thread
         tile = _row_tile(cols, itemsize, *share, arch.warp_size, chunks)
+        unaligned = cols * itemsize % VECTOR_BYTES != 0
+        if unaligned and tile.rows > 8 and _held(tile, arch.warp_size) > 32:
+            # 40 columns of as many rows, each with statistics of its own, take over 255 registers.
+            tile = replace(tile, rows=tile.rows // 2)
     elif itemsize == 2 and cols <= MAX_THREADS * most:
         # At `most` columns a thread the accumulators leave no room for h and dz as well; wider
         # types spill even so.
         form = "reload"
         tile = _row_tile(cols, itemsize, per_thread, 1, arch.warp_size, chunks)
         stream_bytes *= 2  # the pipeline fetches the second reading as well
+    elif common := _cluster_tile(cols, itemsize, longest.limit // length, per_thread, arch, chunks):
+        form, tile = "resident", common
     else:
         form, sums = "split", _looped_tile(itemsize, arch.warp_size)
         threads = 2 * MIN_THREADS
         rows = 1 if gate_gradient else 2  # with three accumulators two rows take 226 registers
         tile = RowTile(threads * VECTOR_BYTES // itemsize, 1, rows, threads // arch.warp_size)
-    stage_bytes = stream_bytes * tile.rows * tile.chunks * tile.block_n
+    stage_bytes = stream_bytes * tile.rows * tile.chunks * tile.block_n // tile.cluster
     # Three stages keep two tiles in flight while one is worked on; a device whose shared memory
     # does not hold them gets two, or none, and float64 has no registers left for a third. The
     # reductions need under 1 KB beside them.
@@ -328,18 +382,15 @@ def partial_rows(
     """
     steps = -(-rows // config.tile.rows)
     cheap = rows * itemsize // 180
-    least = -(-arch.processors * min(2, config.programs_per_processor) // column_blocks)
-    most = -(-arch.processors * config.programs_per_processor // column_blocks)
+    places = arch.clusters(config.tile.cluster)
+    least = -(-places * min(2, config.programs_per_processor) // column_blocks)
+    most = -(-places * config.programs_per_processor // column_blocks)
     return max(1, min(steps, most, max(least, cheap)))
 
 
 MOST_CHANNELS = 2048
 """Channels of [B, C, S] of which a program holds a few positions; more are rows of a permuted
 copy."""
-
-RUN_BYTES = 128
-"""Bytes of a channel that a tile covers where it can hold all channels of as many positions: a line
-of the cache."""
 
 
 def channel_tile(
@@ -354,7 +405,8 @@ def channel_tile(
         arch: The device.
         per_thread: Elements that a thread may hold.
     """
-    rows = min(RUN_BYTES // itemsize, next_power_of_two(positions))
+    # A line of the cache, where a program can hold all channels of as many positions.
+    rows = min(LINE_BYTES // itemsize, next_power_of_two(positions))
     while rows > 1 and rows * channels > MAX_THREADS * per_thread:
         rows //= 2
     wanted = next_power_of_two(-(-rows * channels // per_thread))
@@ -393,7 +445,7 @@ def channels_backward_config(
         stream_bytes: Bytes that are read for each element of x: those of x and dz.
         vector_bytes: Bytes of one access at most.
     """
-    # A thread holds x_hat and g of each element, in 128 registers.
+    # A thread holds d and e of each element, in 128 registers.
     tile = channel_tile(channels, positions, itemsize, arch, {2: 16, 4: 16, 8: 8}[itemsize])
     stage_bytes = stream_bytes * tile.rows * tile.chunks * tile.block_n
     # A copy of fewer than four bytes is not asynchronous: what is fetched ahead of it would wait in

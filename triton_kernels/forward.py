@@ -3,12 +3,10 @@
     h = residual + gate * dropout(x)    x_hat = (h - mean) * rstd    y = x_hat * weight + bias
     z = y * (1 + scale) + shift
 
-`README.md` beside this file derives the statistics and explains the tiling.
+`normalise.py` holds the arithmetic; `README.md` beside this file explains it, and the tiling.
 """
 
 from __future__ import annotations
-
-from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -18,180 +16,8 @@ from fusednorm.spec import compute_dtype, drop_below, rows_and_columns
 
 from . import launch, plans
 from .config import forward_config
-from .tile import (
-    Dropout,
-    Rows,
-    Term,
-    Tile,
-    constants,
-    dropped_out,
-    load_parameter,
-    load_rows,
-    load_term,
-    rounded,
-    row_offsets,
-    silu,
-    store_rows,
-    sum_chunks,
-    sum_pair,
-    take_chunk,
-    zeros,
-)
-
-
-class Stream(NamedTuple):
-    """What h is made of; `silu` is the rows of a gate whose SiLU multiplies all of it."""
-
-    x: Any
-    residual: Any
-    gate: Any
-    dropout: Any
-    silu: Any
-
-
-class Norm(NamedTuple):
-    """What x_hat becomes, and pointers to where z and h go; `silu` as in `Stream`."""
-
-    weight: Any
-    bias: Any
-    scale: Any
-    shift: Any
-    silu: Any
-    z: Any
-    h: Any
-
-
-@triton.jit
-def _load_h(stream, tile, chunk, C: tl.constexpr):
-    """Return a [ROWS, BLOCK_N] chunk of h = residual + gate * dropout(x), rounded as it is stored.
-
-    Rounding first makes the statistics, and with them the backward, those of the h that the next
-    layer sees. Where the mask ends, h is 0.
-    """
-    h = dropped_out(stream.dropout, tile, chunk, load_rows(stream.x, chunk, C), C)
-    if stream.gate.ptr is not None:
-        h *= load_term(stream.gate, tile.samples, chunk.cols, C).to(C.COMPUTE)
-    if stream.residual.ptr is not None:
-        h += load_rows(stream.residual, chunk, C)
-    if stream.silu.ptr is not None:
-        h *= silu(load_rows(stream.silu, chunk, C))
-    return rounded(h, C.H_DTYPE)
-
-
-@triton.jit
-def _store_z(norm, tile, chunk, x_hat, C: tl.constexpr):
-    """Store a [ROWS, BLOCK_N] chunk of z = (x_hat * weight + bias) * (1 + scale) + shift."""
-    z = rounded(x_hat, C.X_HAT_DTYPE)
-    if norm.weight is not None:
-        z = z * load_parameter(norm.weight, chunk, C).to(C.COMPUTE)
-    if norm.bias is not None:
-        z = z + load_parameter(norm.bias, chunk, C).to(C.COMPUTE)
-    if norm.scale.ptr is not None:
-        scale = load_term(norm.scale, tile.samples, chunk.cols, C)
-        z = z * (1.0 + scale.to(C.COMPUTE))
-    if norm.shift.ptr is not None:
-        z = z + load_term(norm.shift, tile.samples, chunk.cols, C).to(C.COMPUTE)
-    if norm.silu.ptr is not None:
-        z = z * silu(load_rows(norm.silu, chunk, C))
-    store_rows(norm.z, tile, chunk, z, C)
-
-
-@triton.jit
-def _inverse_deviation(var, eps, C: tl.constexpr):
-    """Return the [ROWS] rstd."""
-    return tl.rsqrt(var + tl.full((C.ROWS,), eps, C.COMPUTE))
-
-
-@triton.jit
-def resident(stream, norm, tile, eps, RMS: tl.constexpr, C: tl.constexpr):
-    """Normalise rows that stay in registers, and return their mean and rstd."""
-    hs = ()
-    for i in tl.static_range(C.CHUNKS):
-        hs += (_load_h(stream, tile, take_chunk(tile, i, C), C),)
-    centred, mean, correction, rstd = row_statistics(hs, tile, eps, RMS, C)
-    for i in tl.static_range(C.CHUNKS):
-        chunk = take_chunk(tile, i, C)
-        store_rows(norm.h, tile, chunk, hs[i], C)
-        x_hat = centred[i] * rstd[:, None]
-        if not RMS:
-            x_hat -= (correction * rstd)[:, None]
-        _store_z(norm, tile, chunk, x_hat, C)
-    return mean, rstd
-
-
-@triton.jit
-def row_statistics(hs, tile, eps, RMS: tl.constexpr, C: tl.constexpr):
-    """Return the chunks of rows less a first mean, the mean, what is left of it in them, and rstd.
-
-    The last three are [ROWS].
-    """
-    if RMS:
-        centred = hs
-        squares = hs[0] * hs[0]
-        for i in tl.static_range(1, C.CHUNKS):
-            squares += hs[i] * hs[i]
-        mean = tl.zeros((C.ROWS,), C.COMPUTE)
-        correction = mean
-        rstd = _inverse_deviation(tl.sum(squares, axis=1) / C.N, eps, C)
-    else:
-        start = sum_chunks(hs) / C.N
-        centred = ()
-        for i in tl.static_range(C.CHUNKS):
-            # Rows that are not there are 0, and so is their mean.
-            exists = take_chunk(tile, i, C).cols[None, :] < C.N
-            centred += (tl.where(exists, hs[i] - start[:, None], 0.0),)
-        residue = centred[0]
-        squares = centred[0] * centred[0]
-        for i in tl.static_range(1, C.CHUNKS):
-            residue += centred[i]
-            squares += centred[i] * centred[i]
-        residue_sum, squares_sum = sum_pair(residue, squares, C)
-        correction = residue_sum / C.N
-        mean = start + correction
-        rstd = _inverse_deviation(squares_sum / C.N - correction * correction, eps, C)
-    return centred, mean, correction, rstd
-
-
-@triton.jit
-def looped(stream, norm, tile, eps, steps, RMS: tl.constexpr, C: tl.constexpr):
-    """Normalise rows that are walked twice, chunk by chunk, and return their mean and rstd."""
-    # Differences from the mean of the first chunk are small however large the mean is.
-    first = _load_h(stream, tile, take_chunk(tile, 0, C), C)
-    start = tl.sum(first, axis=1) / C.BLOCK_N
-    # One Welford accumulator per lane: no reduction across lanes until the row has been read.
-    lane_mean = zeros(C)
-    lane_m2 = zeros(C)
-    lane_count = zeros(C)
-    for i in tl.range(0, steps):
-        chunk = take_chunk(tile, i, C)
-        h = _load_h(stream, tile, chunk, C)
-        if RMS:
-            lane_m2 += h * h
-        else:
-            delta = tl.where(chunk.mask, h - start[:, None] - lane_mean, 0.0)
-            step = delta / (i + 1)
-            lane_mean += step
-            lane_m2 += delta * (delta - step)
-            lane_count += chunk.mask.to(C.COMPUTE)
-    if RMS:
-        mean = tl.zeros((C.ROWS,), C.COMPUTE)
-        var = tl.sum(lane_m2, axis=1) / C.N
-    else:
-        correction = tl.sum(lane_mean * (lane_count / C.N), axis=1)
-        offset = lane_mean - correction[:, None]
-        mean = start + correction
-        var = tl.sum(offset * offset * lane_count + lane_m2, axis=1) / C.N
-    rstd = _inverse_deviation(var, eps, C)
-    for i in tl.range(0, steps):
-        chunk = take_chunk(tile, i, C)
-        h = _load_h(stream, tile, chunk, C)
-        store_rows(norm.h, tile, chunk, h, C)
-        if RMS:
-            x_hat = h * rstd[:, None]
-        else:
-            x_hat = (h - start[:, None]) * rstd[:, None] - (correction * rstd)[:, None]
-        _store_z(norm, tile, chunk, x_hat, C)
-    return mean, rstd
+from .normalise import Norm, Stream, looped, resident
+from .tile import Dropout, Rows, Term, Tile, constants, corrects_mean, row_offsets
 
 
 # No value of M or of a stride may become part of what is compiled.
@@ -249,8 +75,12 @@ def layer_norm_fwd_kernel(
     X_HAT_DTYPE: tl.constexpr,  # dtype that x_hat is rounded to, or None
     COMPUTE: tl.constexpr,
 ):
+    X_DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+    CORRECTED: tl.constexpr = corrects_mean(
+        RMS, N, X_DTYPE if H_DTYPE is None else H_DTYPE, z_ptr.dtype.element_ty, COMPUTE
+    )
     C: tl.constexpr = constants(
-        N, ROWS, BLOCK_N, CHUNKS, TERM_VECTOR, COMPUTE, H_DTYPE, X_HAT_DTYPE
+        N, ROWS, BLOCK_N, CHUNKS, TERM_VECTOR, COMPUTE, H_DTYPE, X_HAT_DTYPE, CORRECTED
     )
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     samples = tl.zeros((ROWS,), tl.int64)
@@ -377,6 +207,6 @@ def layer_norm_fwd(
             X_HAT_DTYPE=launch.TRITON_DTYPE[x_hat_dtype],
             COMPUTE=launch.TRITON_DTYPE[compute],
             **terms.constants,
-            **launch.options(tile.num_warps, arch),
+            **launch.options(tile.num_warps, arch, cluster=tile.cluster),
         )
     return z, h, mean, rstd

@@ -5,9 +5,9 @@
 where y = x_hat * weight + bias and x_hat is normalised by the statistics of each group of columns.
 A program works on one group of its rows, as if the rows were as long as a group: row r of group k
 is row r * GROUPS + k of [M * GROUPS, N] outputs, statistics and partial sums, with N the columns of
-a group. Statistics, row sums and partial rows are those of forward.py and backward.py.
+a group. Statistics, row sums and partial rows are those of normalise.py and gradients.py.
 
-With s = silu(gate), s' its derivative, g = dy * weight and du the gradient of what is normalised:
+With s = silu(gate), s' its derivative, du the gradient of what is normalised, and d and e as there:
 
     gate last:   dy = dz * s    dx = du        dgate = dz * y * s'
     gate first:  dy = dz        dx = du * s    dgate = du * x * s'
@@ -24,15 +24,10 @@ import triton.language as tl
 from fusednorm.spec import compute_dtype, rows_and_columns
 
 from . import launch, plans
-from .backward import (
-    load_column,
-    row_means,
-    store_partial,
-    through_norm,
-)
 from .config import Architecture, RowTile, backward_config, forward_config, partial_rows
 from .finalize import launch_finalize
-from .forward import Norm, Stream, looped, resident
+from .gradients import load_column, row_means, scaled, store_partial, through_norm
+from .normalise import Norm, Stream, looped, resident
 from .tile import (
     Dropout,
     Rows,
@@ -40,12 +35,14 @@ from .tile import (
     Tile,
     chunk_columns,
     constants,
+    corrects_mean,
     load_parameter,
     load_rows,
     rounded,
     row_offsets,
     store_rows,
     take_chunk,
+    widen,
     zeros,
 )
 
@@ -79,7 +76,9 @@ def gated_norm_fwd_kernel(
     X_HAT_DTYPE: tl.constexpr,  # dtype that x_hat is rounded to, or None
     COMPUTE: tl.constexpr,
 ):
-    C: tl.constexpr = constants(N, ROWS, BLOCK_N, CHUNKS, 1, COMPUTE, None, X_HAT_DTYPE)
+    H_DTYPE: tl.constexpr = COMPUTE if GATE_FIRST else x_ptr.dtype.element_ty
+    CORRECTED: tl.constexpr = corrects_mean(RMS, N, H_DTYPE, z_ptr.dtype.element_ty, COMPUTE)
+    C: tl.constexpr = constants(N, ROWS, BLOCK_N, CHUNKS, 1, COMPUTE, None, X_HAT_DTYPE, CORRECTED)
     # Groups of one row are neighbours in the grid as in memory.
     group = tl.program_id(0) % GROUPS
     rows = (tl.program_id(0) // GROUPS).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -184,7 +183,7 @@ def gated_norm_fwd(
             GATE_VECTOR=gate_rows.vector,
             X_HAT_DTYPE=launch.TRITON_DTYPE[x_hat_dtype],
             COMPUTE=launch.TRITON_DTYPE[compute],
-            **launch.options(tile.num_warps, arch),
+            **launch.options(tile.num_warps, arch, cluster=tile.cluster),
         )
     return z, mean, rstd
 
@@ -229,7 +228,7 @@ class Sums(NamedTuple):
 def _load_chunk(streams, parameters, i, chunk, GATE_FIRST: tl.constexpr, C: tl.constexpr):
     """Load a [ROWS, BLOCK_N] chunk, the i-th.
 
-    Return x_hat, dy and g = dy * weight, where dz, and with it dy, is 0 beyond the mask. Return as
+    Return d, e, dy and dy * x_hat, where dz, and with it dy and e, is 0 beyond the mask. Return as
     well, with the gate first, by what du becomes dx and dgate; else twice dgate itself.
     """
     x = load_rows(streams.x, chunk, C)
@@ -238,22 +237,23 @@ def _load_chunk(streams, parameters, i, chunk, GATE_FIRST: tl.constexpr, C: tl.c
     sigmoid = tl.sigmoid(gate)
     silu = gate * sigmoid
     dsilu = sigmoid + silu * (1.0 - sigmoid)
-    h = x * silu if GATE_FIRST else x
-    x_hat = h * streams.rstd if streams.mean is None else (h - streams.mean) * streams.rstd
+    d = x * silu if GATE_FIRST else x
+    if streams.mean is not None:
+        d -= streams.mean
     dy = dz if GATE_FIRST else dz * silu
-    g = dy
-    y = rounded(x_hat, C.X_HAT_DTYPE)
+    e, dy_x_hat = scaled(streams, dy, d, C)
+    y = rounded(d * streams.rstd, C.X_HAT_DTYPE)
     if len(parameters.weights) > 0:
-        weight = parameters.weights[i].to(C.COMPUTE)
-        g = dy * weight
+        weight = widen(parameters.weights[i], C)
+        e *= weight
         y *= weight
     if len(parameters.biases) > 0:
-        y += parameters.biases[i].to(C.COMPUTE)
+        y += widen(parameters.biases[i], C)
     if GATE_FIRST:
-        return x_hat, dy, g, silu, x * dsilu
+        return d, e, dy, dy_x_hat, silu, x * dsilu
     else:
         dgate = dz * y * dsilu
-        return x_hat, dy, g, dgate, dgate
+        return d, e, dy, dy_x_hat, dgate, dgate
 
 
 @triton.jit
@@ -272,40 +272,42 @@ def _take_tile(
 
     What dx is made of is kept across the row sums or, with AGAIN, loaded and computed once more.
     """
-    x_hats = ()
-    gs = ()
+    ds = ()
+    es = ()
     firsts = ()
     seconds = ()
     dy_x_hats = ()
     dys = ()
     for i in tl.static_range(C.CHUNKS):
         chunk = take_chunk(tile, i, C)
-        x_hat, dy, g, first, second = _load_chunk(streams, parameters, i, chunk, GATE_FIRST, C)
+        d, e, dy, dy_x_hat, first, second = _load_chunk(
+            streams, parameters, i, chunk, GATE_FIRST, C
+        )
         if i == 0:
-            g_x_hat = g * x_hat
-            g_sum = g
+            e_d = e * d
+            e_sum = e
         else:
-            g_x_hat += g * x_hat
-            g_sum += g
-        dy_x_hats += (sums.dy_x_hat[i] + dy * rounded(x_hat, C.X_HAT_DTYPE),)
+            e_d += e * d
+            e_sum += e
+        dy_x_hats += (sums.dy_x_hat[i] + dy_x_hat,)
         dys += (sums.dy[i] + dy,)
         if not GATE_FIRST:
             store_rows(streams.dgate, tile, chunk, first, C)
-        x_hats += (x_hat,)
-        gs += (g,)
+        ds += (d,)
+        es += (e,)
         firsts += (first,)
         seconds += (second,)
     if c1 is None:
-        c1, c2 = row_means(streams, g_x_hat, g_sum, C)
+        c1, c2 = row_means(streams, e_d, e_sum, C)
     for i in tl.static_range(C.CHUNKS):
         chunk = take_chunk(tile, i, C)
         if AGAIN:
-            x_hat, _, g, first, second = _load_chunk(streams, parameters, i, chunk, GATE_FIRST, C)
-            du = through_norm(streams, x_hat, g, c1, c2)
+            d, e, _, _, first, second = _load_chunk(streams, parameters, i, chunk, GATE_FIRST, C)
+            du = through_norm(streams, d, e, c1, c2)
         else:
             first = firsts[i]
             second = seconds[i]
-            du = through_norm(streams, x_hats[i], gs[i], c1, c2)
+            du = through_norm(streams, ds[i], es[i], c1, c2)
         if GATE_FIRST:
             store_rows(streams.dgate, tile, chunk, du * second, C)
             du *= first
@@ -360,18 +362,18 @@ def gated_norm_bwd_sums_kernel(
         None,
         None,
     )
-    g_x_hat = zeros(C)
-    g_sum = zeros(C)
+    e_d = zeros(C)
+    e_sum = zeros(C)
     for i in tl.range(0, steps):
         chunk = take_chunk(tile, i, C)
         weights = ()
         if weight_ptr is not None:
             weights = (load_parameter(weight_ptr + group * N, chunk, C),)
         parameters = Parameters(weights, ())
-        x_hat, _, g, _, _ = _load_chunk(streams, parameters, 0, chunk, GATE_FIRST, C)
-        g_x_hat += g * x_hat
-        g_sum += g
-    c1, c2 = row_means(streams, g_x_hat, g_sum, C)
+        d, e, _, _, _, _ = _load_chunk(streams, parameters, 0, chunk, GATE_FIRST, C)
+        e_d += e * d
+        e_sum += e
+    c1, c2 = row_means(streams, e_d, e_sum, C)
     tl.store(c1_ptr + places[:, None], c1)
     if c2_ptr is not None:
         tl.store(c2_ptr + places[:, None], c2)
@@ -568,7 +570,7 @@ def gated_norm_bwd(
             X_HAT_DTYPE=launch.TRITON_DTYPE[x_hat_dtype],
             NUM_STAGES=config.num_stages,
             **constants,
-            **launch.options(tile.num_warps, arch, config.programs_per_processor),
+            **launch.options(tile.num_warps, arch, config.programs_per_processor, tile.cluster),
         )
         if dweight is not None or dbias is not None:
             launch_finalize(

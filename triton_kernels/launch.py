@@ -20,6 +20,12 @@ TRITON_DTYPE = {
     None: None,
 }
 
+MOST_OF_A_CLUSTER = 8
+"""Programs of a cluster that every device with clusters starts."""
+
+_SUMS_IN_CLUSTERS = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)
+"""Whether Triton adds up the row of a cluster; before, it was not tried."""
+
 # Stands in for the device when the kernels run in Triton's interpreter: few processors, so that
 # small tests still give every program several rows.
 _INTERPRETER = Architecture(warp_size=32, processors=4, shared_bytes=232448, registers=0)
@@ -33,6 +39,7 @@ def architecture(device: torch.device) -> Architecture:
     target = triton.runtime.driver.active.get_current_target()
     properties: Any = torch.cuda.get_device_properties(device)  # torch's stub lacks some
     nvidia = target.backend == "cuda"
+    clusters = nvidia and 90 <= target.arch < 120 and _SUMS_IN_CLUSTERS
     return Architecture(
         warp_size=target.warp_size,
         processors=properties.multi_processor_count,
@@ -40,13 +47,18 @@ def architecture(device: torch.device) -> Architecture:
         if nvidia
         else properties.shared_memory_per_block,
         registers=properties.regs_per_multiprocessor if nvidia else 0,
+        cluster=MOST_OF_A_CLUSTER if clusters else 1,
     )
 
 
-def options(num_warps: int, arch: Architecture, programs: int = 1) -> dict[str, object]:
+def options(
+    num_warps: int, arch: Architecture, programs: int = 1, cluster: int = 1
+) -> dict[str, object]:
     """Return Triton's launch options for a program of `num_warps`, `programs` to a processor."""
     # Fusing multiply and add saves a rounding; newer Triton would stop doing it by default.
     chosen: dict[str, object] = {"num_warps": num_warps, "enable_fp_fusion": True}
+    if cluster > 1:
+        chosen["num_ctas"] = cluster
     if (limit := arch.max_registers(num_warps, programs)) is not None:
         chosen["maxnreg"] = limit
     return chosen

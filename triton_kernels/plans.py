@@ -220,15 +220,18 @@ def plan_of(
 _MOST_SHARED = 228 * 1024
 """Bytes of shared memory beyond which Triton gives a launch an attribute."""
 
+_CLUSTER, _CLUSTER_POLICY, _SPREAD = 4, 5, 1
+"""What CUDA calls the attributes of a launch of clusters, and the policy that Triton asks for."""
+
 _FORMATS = {"i32": "<i4x", "i64": "<q", "fp64": "<d"}
 
 
 def _hand_over(key: bytes, plan: Plan) -> None:
-    """Let the extension repeat a plan that takes no more than a function, a grid and arguments."""
+    """Let the extension repeat a plan that takes nothing it does not know of."""
     starts = []
     for compiled, grid, planned in plan.starts:
         metadata = compiled.metadata
-        if metadata.num_ctas != 1 or metadata.launch_cooperative_grid or metadata.launch_pdl:
+        if metadata.launch_cooperative_grid or metadata.launch_pdl:
             return
         if metadata.global_scratch_size or metadata.profile_scratch_size:
             return
@@ -241,8 +244,12 @@ def _hand_over(key: bytes, plan: Plan) -> None:
                 arguments.append((place, int.from_bytes(word, "little")))
         arguments += [(-1, 0)] * 2  # Triton's own scratch, global and of its profiler
         threads = metadata.num_warps * metadata.warp_size
+        attributes = []
+        if (cluster := metadata.num_ctas) > 1:
+            grid = grid[0] * cluster, *grid[1:]
+            attributes = [(_CLUSTER, (cluster, 1, 1)), (_CLUSTER_POLICY, (_SPREAD,))]
         start = compiled.function, compiled.name, grid, threads, metadata.shared, arguments
-        starts.append(start)
+        starts.append((*start, attributes))
     scratch = 0 if plan.scratch is None else plan.scratch[0]
     _C.triton_keep(key, starts, scratch, [start.compiled for start in plan.starts])
 

@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
+from triton import knobs
+from triton.language.target_info import is_cuda
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class Constants:
         COMPUTE: dtype of statistics and sums.
         H_DTYPE: dtype that h is rounded to; COMPUTE where it is not.
         X_HAT_DTYPE: dtype that x_hat is rounded to; COMPUTE where it is not.
+        CORRECTED: Whether the mean of a row is corrected; see `corrects_mean`.
     """
 
     N: Any
@@ -42,14 +45,37 @@ class Constants:
     COMPUTE: Any
     H_DTYPE: Any
     X_HAT_DTYPE: Any
+    CORRECTED: Any
 
 
 @triton.constexpr_function
-def constants(N, ROWS, BLOCK_N, CHUNKS, TERM_VECTOR, COMPUTE, H_DTYPE=None, X_HAT_DTYPE=None):
+def constants(
+    N,
+    ROWS,
+    BLOCK_N,
+    CHUNKS,
+    TERM_VECTOR,
+    COMPUTE,
+    H_DTYPE=None,
+    X_HAT_DTYPE=None,
+    CORRECTED=False,
+):
     """Return `Constants`, made inside of a kernel; nothing is rounded to None."""
     # Shapes and counts of unrolled loops have to be constexprs of their own.
     sizes = map(tl.constexpr, (N, ROWS, BLOCK_N, CHUNKS, TERM_VECTOR))
-    return Constants(*sizes, COMPUTE, H_DTYPE or COMPUTE, X_HAT_DTYPE or COMPUTE)
+    return Constants(*sizes, COMPUTE, H_DTYPE or COMPUTE, X_HAT_DTYPE or COMPUTE, CORRECTED)
+
+
+@triton.constexpr_function
+def corrects_mean(RMS, N, H_DTYPE, Z_DTYPE, COMPUTE):
+    """Return whether what rounding takes from the mean of a row of h shows in z.
+
+    It does not where COMPUTE has digits to spare for a sum of N numbers as large as the largest:
+    the mean of equal numbers is then exact, and that of others is off by much less than they differ
+    by. 16 bits leave 13 or 16 digits of float32.
+    """
+    h, z, compute = (dtype.fp_mantissa_width + 1 for dtype in (H_DTYPE, Z_DTYPE, COMPUTE))
+    return not RMS and max(h, z) + (N - 1).bit_length() > compute
 
 
 class Tile(NamedTuple):
@@ -150,7 +176,7 @@ def row_offsets(rows, stride, VECTOR: tl.constexpr):
 def load_rows(rows, chunk, C: tl.constexpr):
     """Return a [ROWS, BLOCK_N] chunk of rows that are there, 0 where the mask ends."""
     places = rows.ptr + rows.offsets + chunk.cols[None, :]
-    return tl.load(places, mask=chunk.mask, other=0.0).to(C.COMPUTE)
+    return widen(tl.load(places, mask=chunk.mask, other=0.0), C)
 
 
 @triton.jit
@@ -185,6 +211,31 @@ def load_term(term, samples, cols, C: tl.constexpr):
         return load_vectors(term.ptr, row_offsets(samples, term.stride, C.TERM_VECTOR), cols, C.N)
     else:
         return tl.load(term.numbers + samples * term.stride)[:, None]
+
+
+@triton.constexpr_function
+def _unpacks(dtype, COLS, C):
+    """Return whether `widen` unpacks pairs: on NVIDIA, and not where Triton interprets.
+
+    Nor where there are none: in numbers, and in rows of an odd number of columns, whose elements
+    are loaded one by one.
+    """
+    pairs = COLS > 1 and C.N % 2 == 0 and dtype == tl.bfloat16 and tl.float32 == C.COMPUTE
+    return pairs and is_cuda() and not knobs.runtime.interpret
+
+
+@triton.jit
+def widen(x, C: tl.constexpr):
+    """Convert a [ROWS, BLOCK_N] chunk, or [ROWS, 1] numbers, that were loaded to COMPUTE.
+
+    bfloat16 is the upper half of float32: a shift or a mask takes each of a pair out of its
+    register at once, where the compiler unpacks it first.
+    """
+    if _unpacks(x.dtype, x.shape[1], C):
+        unpack: tl.constexpr = "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;"
+        return tl.inline_asm_elementwise(unpack, "=&r,=r,r", [x], tl.float32, True, 2)
+    else:
+        return x.to(C.COMPUTE)
 
 
 @triton.jit
@@ -242,12 +293,12 @@ def dropped_out(dropout, tile, chunk, values, C: tl.constexpr):
 
 
 @triton.jit
-def sum_chunks(chunks):
-    """Return the [ROWS] row sums of a tile."""
+def add_chunks(chunks):
+    """Return the [ROWS, BLOCK_N] sum of the chunks of a tile."""
     total = chunks[0]
     for i in tl.static_range(1, len(chunks)):
         total += chunks[i]
-    return tl.sum(total, axis=1)
+    return total
 
 
 @triton.jit

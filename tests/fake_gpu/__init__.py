@@ -45,7 +45,7 @@ from triton.backends.nvidia.driver import CudaDriver, CudaLauncher, CudaUtils
 from fusednorm.triton_kernels import launch, plans
 from fusednorm.triton_kernels.config import Architecture
 
-H100 = Architecture(warp_size=32, processors=132, shared_bytes=232448, registers=65536)
+H100 = Architecture(warp_size=32, processors=132, shared_bytes=232448, registers=65536, cluster=8)
 MOST_PARAMETERS, KEPT = 48, 64  # as in driver.c
 
 
@@ -78,7 +78,7 @@ class Launch(NamedTuple):
     grid: tuple[int, ...]
     block: tuple[int, ...]
     shared: int
-    attributes: int
+    attributes: int  # a number for all of them
     stream: int | None
     arguments: tuple[int, ...]
 

@@ -12,9 +12,13 @@ enum { MOST_SHARED = 232448, SHARED_UNASKED = 49152, MOST_THREADS = 1024 };
 typedef int CUresult;
 
 typedef struct {
+  unsigned id, padding, value[16];
+} Attribute;
+
+typedef struct {
   unsigned grid[3], block[3], shared;
   void* stream;
-  void* attributes;
+  const Attribute* attributes;
   unsigned attribute_count;
 } Config;
 
@@ -27,7 +31,8 @@ typedef struct {
 
 typedef struct {
   const Function* function;
-  unsigned grid[3], block[3], shared, attributes;
+  unsigned grid[3], block[3], shared;
+  unsigned attributes;  // a number for all of them
   void* stream;
   uint64_t words[MOST_PARAMETERS];
 } Launch;
@@ -131,7 +136,11 @@ CUresult cuLaunchKernelEx(const Config* config, void* f, void** parameters, void
   memcpy(launch->grid, config->grid, sizeof launch->grid);
   memcpy(launch->block, config->block, sizeof launch->block);
   launch->shared = config->shared;
-  launch->attributes = config->attribute_count;
+  for (unsigned i = 0; i < config->attribute_count; ++i) {
+    const Attribute* const given = &config->attributes[i];
+    const unsigned words[] = {given->id, given->value[0], given->value[1], given->value[2]};
+    for (int j = 0; j < 4; ++j) launch->attributes = 31 * launch->attributes + words[j] + 1;
+  }
   launch->stream = config->stream;
   for (int i = 0; i < function->parameters; ++i)
     memcpy(&launch->words[i], parameters[i], function->sizes[i]);
