@@ -132,7 +132,7 @@ class _Tally:
         unserved = [use for use, kinds in _USES.items() if swap and not _is_served(swap, *kinds)]
         self.served.update(use for use in _USES if use not in unserved)
         if swap and unserved:
-            self.by_itself[f"{swap.original.__name__}: {', '.join(unserved)}"] += 1
+            self.by_itself[f"{swap.original.__name__}: {'; '.join(unserved)}"] += 1
 
     def _unreported(self, model: nn.Module, report: Report, classes: dict[str, type]) -> None:
         """Count the classes whose forward normalises and that the report does not have."""
