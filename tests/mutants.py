@@ -171,8 +171,8 @@ MUTANTS = (
     Mutant(
         "channels: dweight of the last tile only",
         "channels.py",
-        "(dz_x_hats[i] + tl.sum(dz_x_hat, axis=0),)",
-        "(tl.sum(dz_x_hat, axis=0),)",
+        "(dz_x_hats[i] + tl.sum(g * x_hat, axis=0),)",
+        "(tl.sum(g * x_hat, axis=0),)",
         CHANNELS_ACCURACY,
         "triton",
     ),

@@ -27,7 +27,7 @@ from fusednorm.spec import Gradients, Mask, drop_below, rows_and_columns
 from . import launch, plans
 from .config import Architecture, RowTile, backward_config, partial_rows
 from .finalize import launch_finalize
-from .gradients import load_column, load_factor, row_means, scaled, store_partial, through_norm
+from .gradients import load_column, load_factor, row_factors, scaled, store_partial, through_norm
 from .tile import (
     Dropout,
     Rows,
@@ -139,7 +139,7 @@ def _take_tile(streams, terms, sums, tile, c1, c2, AGAIN: tl.constexpr, C: tl.co
         ds += (d,)
         es += (e,)
     if c1 is None:
-        c1, c2 = row_means(streams, e_d, e_sum, C)
+        c1, c2 = row_factors(streams, e_d, e_sum, C)
     dgates = ()
     for i in tl.static_range(C.CHUNKS):
         if AGAIN:
@@ -214,7 +214,7 @@ def layer_norm_bwd_sums_kernel(
         d, e, _, _ = _load_chunk(streams, factors, 0, chunk, C)
         e_d += e * d
         e_sum += e
-    c1, c2 = row_means(streams, e_d, e_sum, C)
+    c1, c2 = row_factors(streams, e_d, e_sum, C)
     tl.store(c1_ptr + row[:, None], c1)
     if c2_ptr is not None:
         tl.store(c2_ptr + row[:, None], c2)

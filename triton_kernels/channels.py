@@ -28,7 +28,7 @@ from .config import (
     vector_elements,
 )
 from .finalize import launch_finalize
-from .gradients import load_column, row_means, scaled, through_norm
+from .gradients import load_column, row_means, through_norm
 from .normalise import normalised, row_statistics
 from .tile import Tile, cast, constants, corrects_mean, take_chunk
 
@@ -203,43 +203,44 @@ def layer_norm2d_bwd_kernel(
         if mean_ptr is not None:
             mean = load_column(mean_ptr + image * positions, tile)
         statistics = Statistics(mean, load_column(rstd_ptr + image * positions, tile))
-        ds = ()
-        es = ()
+        x_hats = ()
+        gs = ()
         new_dz_x_hats = ()
         new_dzs = ()
         for i in tl.static_range(CHUNKS):
             chunk = take_chunk(tile, i, C)
-            # Where the mask ends, d is arbitrary: it is only ever multiplied by dz or e, 0.
-            d = _load(x, tile, chunk, C)
+            centred = _load(x, tile, chunk, C)
             if mean_ptr is not None:
-                d -= statistics.mean
-            dz_chunk = _load(dz, tile, chunk, C)
-            e, dz_x_hat = scaled(statistics, dz_chunk, d, C)
+                centred -= statistics.mean
+            # Where the mask ends, x_hat is arbitrary: it is only ever multiplied by dz or g, 0.
+            x_hat = centred * statistics.rstd
+            g = _load(dz, tile, chunk, C)
             if dz_x_hat_ptr is not None:
-                new_dz_x_hats += (dz_x_hats[i] + tl.sum(dz_x_hat, axis=0),)
+                new_dz_x_hats += (dz_x_hats[i] + tl.sum(g * x_hat, axis=0),)
             else:
                 new_dz_x_hats += (dz_x_hats[i],)
             if dz_sum_ptr is not None:
-                new_dzs += (dzs[i] + tl.sum(dz_chunk, axis=0),)
+                new_dzs += (dzs[i] + tl.sum(g, axis=0),)
             else:
                 new_dzs += (dzs[i],)
             if weight_ptr is not None:
-                e *= weights[i]
+                g *= weights[i]
             if i == 0:
-                e_d = e * d
-                e_sum = e
+                g_x_hat = g * x_hat
+                g_sum = g
             else:
-                e_d += e * d
-                e_sum += e
-            ds += (d,)
-            es += (e,)
+                g_x_hat += g * x_hat
+                g_sum += g
+            x_hats += (x_hat,)
+            gs += (g,)
         dz_x_hats = new_dz_x_hats
         dzs = new_dzs
         if dx_ptr is not None:
             dx = Image(dx_ptr + image * N * positions, positions.to(INDEX))
-            c1, c2 = row_means(statistics, e_d, e_sum, C)
+            c1, c2 = row_means(statistics, g_x_hat, g_sum, C)
+            # With the sums over positions, d and e in the place of x_hat and g would spill.
             for i in tl.static_range(CHUNKS):
-                dx_chunk = through_norm(statistics, ds[i], es[i], c1, c2)
+                dx_chunk = statistics.rstd * through_norm(statistics, x_hats[i], gs[i], c1, c2)
                 _store(dx, tile, take_chunk(tile, i, C), dx_chunk, C)
 
     for i in tl.static_range(CHUNKS):

@@ -445,7 +445,7 @@ def channels_backward_config(
         stream_bytes: Bytes that are read for each element of x: those of x and dz.
         vector_bytes: Bytes of one access at most.
     """
-    # A thread holds d and e of each element, in 128 registers.
+    # A thread holds x_hat and g of each element, in 128 registers.
     tile = channel_tile(channels, positions, itemsize, arch, {2: 16, 4: 16, 8: 8}[itemsize])
     stage_bytes = stream_bytes * tile.rows * tile.chunks * tile.block_n
     # A copy of fewer than four bytes is not asynchronous: what is fetched ahead of it would wait in

@@ -26,7 +26,7 @@ from fusednorm.spec import compute_dtype, rows_and_columns
 from . import launch, plans
 from .config import Architecture, RowTile, backward_config, forward_config, partial_rows
 from .finalize import launch_finalize
-from .gradients import load_column, row_means, scaled, store_partial, through_norm
+from .gradients import load_column, row_factors, scaled, store_partial, through_norm
 from .normalise import Norm, Stream, looped, resident
 from .tile import (
     Dropout,
@@ -298,7 +298,7 @@ def _take_tile(
         firsts += (first,)
         seconds += (second,)
     if c1 is None:
-        c1, c2 = row_means(streams, e_d, e_sum, C)
+        c1, c2 = row_factors(streams, e_d, e_sum, C)
     for i in tl.static_range(C.CHUNKS):
         chunk = take_chunk(tile, i, C)
         if AGAIN:
@@ -373,7 +373,7 @@ def gated_norm_bwd_sums_kernel(
         d, e, _, _, _, _ = _load_chunk(streams, parameters, 0, chunk, GATE_FIRST, C)
         e_d += e * d
         e_sum += e
-    c1, c2 = row_means(streams, e_d, e_sum, C)
+    c1, c2 = row_factors(streams, e_d, e_sum, C)
     tl.store(c1_ptr + places[:, None], c1)
     if c2_ptr is not None:
         tl.store(c2_ptr + places[:, None], c2)

@@ -37,14 +37,21 @@ def scaled(streams, dz, d, C: tl.constexpr):
 
 @triton.jit
 def row_means(streams, e_d, e_sum, C: tl.constexpr):
-    """Return the [ROWS, 1] c1 and c2; RMS has no c2, c1 stands in its place."""
+    """Return the [ROWS, 1] means of e * d and of e; RMS has none of e, the first stands for it."""
     if streams.mean is None:
-        c1 = tl.sum(e_d, axis=1)
-        c2 = c1
+        e_d_mean = tl.sum(e_d, axis=1) / C.N
+        return e_d_mean[:, None], e_d_mean[:, None]
     else:
-        c1, c2 = sum_pair(e_d, e_sum, C)
+        e_d_mean, e_mean = sum_pair(e_d, e_sum, C)
+        return (e_d_mean / C.N)[:, None], (e_mean / C.N)[:, None]
+
+
+@triton.jit
+def row_factors(streams, e_d, e_sum, C: tl.constexpr):
+    """Return the [ROWS, 1] c1 and c2; RMS has no c2, another number stands in its place."""
+    e_d_mean, c2 = row_means(streams, e_d, e_sum, C)
     # One by one: the square of rstd may be out of range.
-    return (c1 / C.N)[:, None] * streams.rstd * streams.rstd, (c2 / C.N)[:, None]
+    return e_d_mean * streams.rstd * streams.rstd, c2
 
 
 @triton.jit
