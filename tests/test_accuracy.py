@@ -113,7 +113,7 @@ def test_large_mean_of_16_bits_costs_no_digits_of_a_wider_result(
     assert (y - truth).abs().max() <= 4 * torch.finfo(torch.float32).eps * truth.abs().max()
 
 
-@pytest.mark.parametrize("cols", [3, 769, 3000])
+@pytest.mark.parametrize("cols", [7, 41, 1000])  # a product with 1 / N would not be exact
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_equal_numbers_are_their_own_mean(
     kernels: torch.device, dtype: torch.dtype, cols: int
