@@ -34,6 +34,8 @@ MODES_OF = {
     "cpu": ["layer_norm/both", "add/both"],
     "uses": [f"{norm}/both" for norm in NORMS if norm != "frozen"],
     "gated": [f"{norm}/{phase}" for norm in SILU for phase in ("inference", "both")],
+    "channels": ["channels/inference", "channels/both"],
+    "compiled": ["layer_norm/both", "rms_norm/both", "add/both"],
     "host": [f"{norm}/{phase}" for norm in ("layer_norm", "add") for phase in ("forward", "both")],
 }
 """What is measured of a group that names no modes; of the others everything."""

@@ -300,6 +300,12 @@ CPU_SHAPES = (
 )
 GATED_SHAPES = ((4096, 1024), (512, 4096))
 USES_SHAPES = ((4, 64), (64, 768), (512, 768), (1024, 4096))
+# Eight images: every width of ConvNeXt at every stage of it, and a wide norm. Then one small image.
+CHANNELS_SHAPES = (
+    *((SAMPLES * side**2, cols) for side in (56, 28, 14, 7) for cols in (96, 192, 384, 768)),
+    *((SAMPLES * 32**2, 256), (49, 64)),
+)
+COMPILED_SHAPES = ((6144, 1024), (512, 768))
 QUICK_COLS = (256, 1024, 4096, 16384)
 QUICK_ROWS = (1, 32, 512)
 
@@ -310,7 +316,7 @@ def sweep(cols: tuple[int, ...], itemsize: int, size: int) -> list[tuple[int, in
 
 
 GRID = ("bandwidth", "large", "latency", "tall", "awkward", "models")
-GROUPS = (*GRID, "quick", "cpu", "uses", "gated", "host")
+GROUPS = (*GRID, "quick", "cpu", "uses", "gated", "channels", "compiled", "host")
 SWEEPS = {"bandwidth": "cols", "large": "cols", "latency": "rows"}
 
 
@@ -331,6 +337,8 @@ def shapes(group: str, itemsize: int, device: str) -> list[tuple[int, int]]:
         "cpu": list(CPU_SHAPES),
         "uses": list(USES_SHAPES),
         "gated": list(GATED_SHAPES),
+        "channels": list(CHANNELS_SHAPES),
+        "compiled": list(COMPILED_SHAPES),
         # Next to nothing to normalise: what is left of an eager call is the way there.
         "host": [(64, 1024) if device == "cuda" else (4, 64)],
     }[group]

@@ -86,10 +86,11 @@ def _measure_case(
     cells = {COPY: _cell(case, COPY, device)}
     contestants: dict[str, Measure] = {COPY: _copy(case, device, settings, sets)}
     for provider in providers:
+        provider.new_case()
+    for provider in providers:
         if case.norm not in provider.norms or not provider.serves(case):
             continue
         cells[provider.name] = cell = _cell(case, provider.name, device)
-        provider.new_case()
         try:
             with provider.scope(), _recording(case):
                 fresh = draw(case, device, generator)

@@ -105,21 +105,43 @@ def author(kernels: Iterable[str]) -> str:
     return "ran unknown kernels"
 
 
-def _compiled(device: torch.device) -> Provider:
+def _formula(device: torch.device) -> Provider:
+    """Norms over dimension 1 as the code of ConvNeXt and SAM has them; timm's permute, as torch."""
+    return Provider("formula", torch.__version__, _bound(channels=_channels_formula))
+
+
+def _channels_formula(inputs: Inputs, case: Case) -> Tensor:
+    assert inputs.weight is not None
+    assert inputs.bias is not None
+    mean = inputs.x.mean(1, keepdim=True)
+    variance = (inputs.x - mean).pow(2).mean(1, keepdim=True)
+    x_hat = (inputs.x - mean) / torch.sqrt(variance + EPS)
+    return inputs.weight[:, None] * x_hat + inputs.bias[:, None]
+
+
+def _compile(device: torch.device) -> Provider:
+    return _compiled(_torch(device), "torch.compile")
+
+
+def _compiled(provider: Provider, name: str) -> Provider:
+    """Return a provider that calls the norms of another one in compiled graphs."""
     # A graph that is differentiated many times must keep its buffers.
     import torch._functorch.config as functorch_config
 
     functorch_config.donated_buffer = False
 
-    def norm(case: Case, inputs: Inputs) -> Forward:
-        def equation(*tensors: Any) -> Outputs:
-            return compose(case, Inputs(*tensors))
+    def compiled(norm: Norm) -> Norm:
+        def bound(case: Case, inputs: Inputs) -> Forward:
+            def equation(*tensors: Any) -> Outputs:
+                return norm(case, Inputs(*tensors))()
 
-        compiled = torch.compile(equation, dynamic=False, fullgraph=True)
-        return lambda: compiled(*inputs.tensors)
+            graph = torch.compile(equation, dynamic=False, fullgraph=True)
+            return lambda: graph(*inputs.tensors)
 
-    norms = dict.fromkeys(NORMS, norm)
-    return Provider("torch.compile", torch.__version__, norms, new_case=torch._dynamo.reset)
+        return bound
+
+    norms = {name: compiled(norm) for name, norm in provider.norms.items()}
+    return Provider(name, provider.version, norms, provider.scope, torch._dynamo.reset)
 
 
 def _add(inputs: Inputs, case: Case) -> tuple[Tensor, Tensor]:
@@ -175,6 +197,12 @@ def _fusednorm(backend: str, device: torch.device) -> Provider:
         raise MissingError(str(error)) from None
     norms = {name: norm for name, norm in OURS.items() if name not in NOT_OURS.get(backend, ())}
     return Provider(f"fusednorm-{backend}", fusednorm.__version__, norms, scope)
+
+
+def _own_compiled(device: torch.device) -> Provider:
+    """Our operators in compiled graphs: on a CPU the automatic choice there is torch's."""
+    backend = "cpu" if device.type == "cpu" else "triton"
+    return _compiled(_fusednorm(backend, device), "fusednorm-compiled")
 
 
 def _enabled(device: torch.device) -> Provider:
@@ -348,9 +376,11 @@ def _session(
 
 MAKERS: dict[str, Callable[[torch.device], Provider]] = {
     "torch": _torch,
-    "torch.compile": _compiled,
+    "torch.compile": _compile,
+    "formula": _formula,
     "fusednorm": _automatic,
     **{f"fusednorm-{name}": functools.partial(_fusednorm, name) for name in backends.NAMES},
+    "fusednorm-compiled": _own_compiled,
     "fusednorm-enabled": _enabled,
     "onnxruntime": _onnxruntime,
     "liger": _liger,
@@ -360,9 +390,9 @@ MAKERS: dict[str, Callable[[torch.device], Provider]] = {
     "apex": _apex,
     "transformer-engine": _transformer_engine,
 }
-ON_REQUEST = ("fusednorm-torch", "fusednorm-triton")
-"""Those that run only when asked for: torch's operators again, and what `fusednorm` runs on a GPU
-and an interpreter elsewhere."""
+ON_REQUEST = ("fusednorm-torch", "fusednorm-triton", "fusednorm-compiled")
+"""Those that run only when asked for: torch's operators again, what `fusednorm` runs on a GPU and
+an interpreter elsewhere, and what takes seconds to compile."""
 
 
 def find(names: list[str] | None, device: torch.device) -> tuple[list[Provider], dict[str, str]]:

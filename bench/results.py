@@ -34,6 +34,9 @@ def environment(device: torch.device) -> dict[str, str]:
         "threads": str(torch.get_num_threads()),
         "load": f"{os.getloadavg()[0]:.1f} on {os.cpu_count()} processors before the run",
     }
+    if device.type == "cpu":  # fresh pages cost a call as much as a norm, or nothing
+        kept = "MALLOC_TRIM_THRESHOLD_" in os.environ
+        found["memory"] = "kept by malloc" if kept else "as malloc likes"
     for package in ("fusednorm", "torch", "triton", "numpy"):
         found[package] = _version(package)
     if device.type == "cuda":
