@@ -226,8 +226,8 @@ def differentiated(
     return results
 
 
-def _recorder(operator: Any, setup_context: Any, formula: Any) -> Callable[..., Any]:
-    """Return what runs where autograd meets an operator: itself, recorded where that is asked for.
+def register(operator: Any, formula: Any, setup_context: Any) -> None:
+    """Let autograd record an operator of `ops` where that is asked for.
 
     As torch.library.register_autograd would, but that a graph of the compiler gets the operator
     without autograd.
@@ -254,10 +254,8 @@ def _recorder(operator: Any, setup_context: Any, formula: Any) -> Callable[..., 
             return function.apply(*inputs)
         return below(*inputs)
 
-    return record
+    ops.register_autograd(operator, record)
 
 
-ops.register_autograd(
-    _recorder(ops.layer_norm_fwd, _fwd_setup_context, _fwd_backward),
-    _recorder(ops.layer_norm_bwd, _bwd_setup_context, _bwd_backward),
-)
+register(ops.layer_norm_fwd, _fwd_backward, _fwd_setup_context)
+register(ops.layer_norm_bwd, _bwd_backward, _bwd_setup_context)

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from fusednorm import backends, observers, reference, route
-from fusednorm.autograd import batched, differentiated, recorded
+from fusednorm.autograd import batched, differentiated, recorded, register
 from fusednorm.backends import Launchers
 from fusednorm.observers import all_plain, operators_watched, transforms_active
-from fusednorm.ops import fill
+from fusednorm.ops import define, fill
 from fusednorm.spec import ByInput, Call, Operands, Saved, Spec, compute_dtype
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -102,17 +102,6 @@ def _equations_gradients(
 
 # The operators
 
-_library = torch.library.Library("fusednorm", "FRAGMENT")
-_library.define(
-    "layer_norm2d_fwd(Tensor x, Tensor? weight, Tensor? bias, float eps, bool rms, "
-    "ScalarType out_dtype) -> (Tensor z, Tensor mean, Tensor rstd)"
-)
-_library.define(
-    "layer_norm2d_bwd(Tensor dz, Tensor x, Tensor? mean, Tensor rstd, Tensor? weight, "
-    "Tensor? bias, float eps, bool rms, bool[3] output_mask) "
-    "-> (Tensor dx, Tensor dweight, Tensor dbias)"
-)
-
 
 def _device_launchers(x: Tensor) -> Launchers:
     return launchers(backends.kernels(x.device) or "torch", x)
@@ -152,15 +141,20 @@ def _bwd_fake(dz: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     )
 
 
-for _name, _implementation, _fake in (
-    ("layer_norm2d_fwd", _fwd, _fwd_fake),
-    ("layer_norm2d_bwd", _bwd, _bwd_fake),
-):
-    _library.impl(_name, _implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"fusednorm::{_name}", _fake, lib=_library)
-
-layer_norm2d_fwd: Any = torch.ops.fusednorm.layer_norm2d_fwd.default
-layer_norm2d_bwd: Any = torch.ops.fusednorm.layer_norm2d_bwd.default
+layer_norm2d_fwd = define(
+    "layer_norm2d_fwd",
+    "(Tensor x, Tensor? weight, Tensor? bias, float eps, bool rms, ScalarType out_dtype) "
+    "-> (Tensor z, Tensor mean, Tensor rstd)",
+    _fwd,
+    _fwd_fake,
+)
+layer_norm2d_bwd = define(
+    "layer_norm2d_bwd",
+    "(Tensor dz, Tensor x, Tensor? mean, Tensor rstd, Tensor? weight, Tensor? bias, float eps, "
+    "bool rms, bool[3] output_mask) -> (Tensor dx, Tensor dweight, Tensor dbias)",
+    _bwd,
+    _bwd_fake,
+)
 
 
 # What autograd saves and differentiates
@@ -269,9 +263,5 @@ def _bwd_backward(ctx: Any, *cotangents: Tensor | None) -> Any:
     return dz, x, None, None, weight, bias, None, None, None
 
 
-torch.library.register_autograd(
-    "fusednorm::layer_norm2d_fwd", _fwd_backward, setup_context=_fwd_setup_context
-)
-torch.library.register_autograd(
-    "fusednorm::layer_norm2d_bwd", _bwd_backward, setup_context=_bwd_setup_context
-)
+register(layer_norm2d_fwd, _fwd_backward, _fwd_setup_context)
+register(layer_norm2d_bwd, _bwd_backward, _bwd_setup_context)

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from fusednorm import backends, observers, reference, route
-from fusednorm.autograd import batched, differentiated, recorded
+from fusednorm.autograd import batched, differentiated, recorded, register
 from fusednorm.backends import GatedLaunchers
-from fusednorm.ops import fill
+from fusednorm.ops import define, fill
 from fusednorm.spec import GatedOperands, GatedSaved, GatedSpec, compute_dtype, rows_and_columns
 
 _OPERANDS = len(GatedOperands._fields)
@@ -25,19 +25,6 @@ Gradients = tuple[Tensor | None, ...]
 
 # What the dispatcher sees; arguments are those of the launchers and, of a backward, `eps` and `rms`
 # as well, by which the next derivative computes the statistics again.
-
-_library = torch.library.Library("fusednorm", "FRAGMENT")
-_library.define(
-    "gated_norm_fwd(Tensor x, Tensor gate_input, Tensor? weight, Tensor? bias, "
-    "SymInt[] normalized_shape, SymInt group_size, float eps, bool rms, bool norm_before_gate, "
-    "ScalarType out_dtype, ScalarType? x_hat_dtype) -> (Tensor z, Tensor mean, Tensor rstd)"
-)
-_library.define(
-    "gated_norm_bwd(Tensor dz, Tensor x, Tensor gate_input, Tensor? mean, Tensor? rstd, "
-    "Tensor? weight, Tensor? bias, SymInt[] normalized_shape, SymInt group_size, float eps, "
-    "bool rms, bool norm_before_gate, ScalarType? x_hat_dtype, bool[4] output_mask) "
-    "-> (Tensor dx, Tensor dgate_input, Tensor dweight, Tensor dbias)"
-)
 
 
 def _launchers(x: Tensor) -> GatedLaunchers:
@@ -81,15 +68,23 @@ def _bwd_fake(dz: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     return fill(tuple(made), dz)
 
 
-for _name, _implementation, _fake in (
-    ("gated_norm_fwd", _fwd, _fwd_fake),
-    ("gated_norm_bwd", _bwd, _bwd_fake),
-):
-    _library.impl(_name, _implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"fusednorm::{_name}", _fake, lib=_library)
-
-gated_norm_fwd: Any = torch.ops.fusednorm.gated_norm_fwd.default
-gated_norm_bwd: Any = torch.ops.fusednorm.gated_norm_bwd.default
+gated_norm_fwd = define(
+    "gated_norm_fwd",
+    "(Tensor x, Tensor gate_input, Tensor? weight, Tensor? bias, SymInt[] normalized_shape, "
+    "SymInt group_size, float eps, bool rms, bool norm_before_gate, ScalarType out_dtype, "
+    "ScalarType? x_hat_dtype) -> (Tensor z, Tensor mean, Tensor rstd)",
+    _fwd,
+    _fwd_fake,
+)
+gated_norm_bwd = define(
+    "gated_norm_bwd",
+    "(Tensor dz, Tensor x, Tensor gate_input, Tensor? mean, Tensor? rstd, Tensor? weight, "
+    "Tensor? bias, SymInt[] normalized_shape, SymInt group_size, float eps, bool rms, "
+    "bool norm_before_gate, ScalarType? x_hat_dtype, bool[4] output_mask) "
+    "-> (Tensor dx, Tensor dgate_input, Tensor dweight, Tensor dbias)",
+    _bwd,
+    _bwd_fake,
+)
 
 
 # What autograd saves and differentiates
@@ -174,12 +169,8 @@ def _bwd_backward(ctx: Any, *cotangents: Tensor | None) -> Any:
     return *products, *(None,) * (ctx.arguments - len(products))
 
 
-torch.library.register_autograd(
-    "fusednorm::gated_norm_fwd", _fwd_backward, setup_context=_fwd_setup_context
-)
-torch.library.register_autograd(
-    "fusednorm::gated_norm_bwd", _bwd_backward, setup_context=_bwd_setup_context
-)
+register(gated_norm_fwd, _fwd_backward, _fwd_setup_context)
+register(gated_norm_bwd, _bwd_backward, _bwd_setup_context)
 
 # As in fusednorm/autograd.py: past the way that Python has for transforms.
 _apply: Any = super(torch.autograd.Function, GatedNormFunction).apply

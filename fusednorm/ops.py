@@ -1,4 +1,4 @@
-"""What the dispatcher sees: the operator schemas, their fakes and their implementations.
+"""What the dispatcher sees: how an operator is defined, and those of the equation.
 
 An operator runs the kernels on every device that they serve and the reference on the others; on
 the CPU the extension serves it without Python (csrc/own_operators.cpp), and hands on what it
@@ -19,20 +19,27 @@ from fusednorm.spec import ByInput, Operands, Saved, Spec, compute_dtype, rows_a
 
 _SPEC = "SymInt[] normalized_shape, float eps, bool rms, float dropout_p"
 _library = torch.library.Library("fusednorm", "DEF")
-for _prefix in ("", "_"):
-    _library.define(
-        f"{_prefix}layer_norm_fwd(Tensor x, Tensor? residual, Tensor? gate, Tensor? weight, "
-        f"Tensor? bias, Tensor? scale, Tensor? shift, Tensor? seed, {_SPEC}, ScalarType out_dtype, "
-        "ScalarType? h_dtype, ScalarType? x_hat_dtype) "
-        "-> (Tensor z, Tensor h, Tensor mean, Tensor rstd)"
-    )
-    _library.define(
-        f"{_prefix}layer_norm_bwd(Tensor? dz, Tensor? dh, Tensor? x, Tensor h, Tensor? mean, "
-        "Tensor rstd, Tensor? gate, Tensor? weight, Tensor? bias, Tensor? scale, Tensor? shift, "
-        f"Tensor? seed, {_SPEC}, ScalarType x_dtype, ScalarType residual_dtype, "
-        "ScalarType? x_hat_dtype, bool[7] output_mask) -> (Tensor dx, Tensor dresidual, "
-        "Tensor dgate, Tensor dweight, Tensor dbias, Tensor dscale, Tensor dshift)"
-    )
+
+compiled: dict[Any, Any] = {}
+"""What a compiled graph has in the place of an operator: its autograd is done, and that of an
+operator, which Python does, would cost each call more than a small norm."""
+
+
+def define(name: str, signature: str, implementation: Any, fake: Any) -> Any:
+    """Define an operator, and its twin for compiled graphs; return the operator."""
+    for each in (name, f"_{name}"):
+        _library.define(each + signature)
+        _library.impl(each, implementation, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"fusednorm::{each}", fake, lib=_library)
+    _library.impl(f"_{name}", torch.library.fallthrough_kernel, "Autograd")
+    operator, twin = (getattr(torch.ops.fusednorm, each).default for each in (name, f"_{name}"))
+    compiled[operator] = twin
+    return operator
+
+
+def register_autograd(operator: Any, formula: Callable[..., Any]) -> None:
+    """Let a function run where autograd meets an operator."""
+    _library.impl(operator._opname, formula, "Autograd")
 
 
 def _forward_arguments(arguments: tuple[Any, ...]) -> tuple[Operands, Spec]:
@@ -88,29 +95,23 @@ def fill(results: Iterable[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
     return tuple(like.new_empty(0) if result is None else result for result in results)
 
 
-for _name, _implementation, _fake in (
-    ("layer_norm_fwd", _layer_norm_fwd, _layer_norm_fwd_fake),
-    ("layer_norm_bwd", _layer_norm_bwd, _layer_norm_bwd_fake),
-):
-    for _operator in (_name, f"_{_name}"):
-        _library.impl(_operator, _implementation, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"fusednorm::{_operator}", _fake, lib=_library)
-    _library.impl(f"_{_name}", torch.library.fallthrough_kernel, "Autograd")
+layer_norm_fwd = define(
+    "layer_norm_fwd",
+    "(Tensor x, Tensor? residual, Tensor? gate, Tensor? weight, Tensor? bias, Tensor? scale, "
+    f"Tensor? shift, Tensor? seed, {_SPEC}, ScalarType out_dtype, ScalarType? h_dtype, "
+    "ScalarType? x_hat_dtype) -> (Tensor z, Tensor h, Tensor mean, Tensor rstd)",
+    _layer_norm_fwd,
+    _layer_norm_fwd_fake,
+)
+layer_norm_bwd = define(
+    "layer_norm_bwd",
+    "(Tensor? dz, Tensor? dh, Tensor? x, Tensor h, Tensor? mean, Tensor rstd, Tensor? gate, "
+    "Tensor? weight, Tensor? bias, Tensor? scale, Tensor? shift, Tensor? seed, "
+    f"{_SPEC}, ScalarType x_dtype, ScalarType residual_dtype, ScalarType? x_hat_dtype, "
+    "bool[7] output_mask) -> (Tensor dx, Tensor dresidual, Tensor dgate, Tensor dweight, "
+    "Tensor dbias, Tensor dscale, Tensor dshift)",
+    _layer_norm_bwd,
+    _layer_norm_bwd_fake,
+)
 if (_extension := backends.own_operators()) is not None:
     _extension.register_own_operators(_layer_norm_fwd, _layer_norm_bwd)
-
-layer_norm_fwd: Any = torch.ops.fusednorm.layer_norm_fwd.default
-layer_norm_bwd: Any = torch.ops.fusednorm.layer_norm_bwd.default
-
-# What a compiled graph has in their place: its autograd is done, and that of an operator, which
-# Python does, would cost each call more than a small norm.
-compiled: dict[Any, Any] = {
-    layer_norm_fwd: torch.ops.fusednorm._layer_norm_fwd.default,
-    layer_norm_bwd: torch.ops.fusednorm._layer_norm_bwd.default,
-}
-
-
-def register_autograd(*formulas: Callable[..., Any]) -> None:
-    """Let these run where autograd meets the operators, forward and backward."""
-    for name, formula in zip(("layer_norm_fwd", "layer_norm_bwd"), formulas, strict=True):
-        _library.impl(name, formula, "Autograd")

@@ -23,7 +23,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusednorm
-from fusednorm import autograd, backends, layer_norm, ops
+from fusednorm import autograd, backends, channels, gated, layer_norm, ops
 from fusednorm.spec import Operands
 
 FWD, BWD = ops.layer_norm_fwd, ops.layer_norm_bwd
@@ -139,6 +139,47 @@ def test_compiled_under_no_grad(kernels: torch.device) -> None:
         assert_same_bits((y,), (norm(case.x, case.weight, case.bias),))
     assert graphs.forward.count(COMPILED_FWD) == 1
     assert graphs.backward == []
+
+
+def gated_norm(x: Tensor, y: Tensor) -> Tensor:
+    """Normalise the last dimension and gate the result."""
+    return fusednorm.gated_rms_norm(x, y, x.shape[-1])
+
+
+def norm_of_channels(x: Tensor, y: Tensor) -> Tensor:
+    """Normalise dimension 1."""
+    return fusednorm.layer_norm2d(x + y)
+
+
+@pytest.mark.parametrize(
+    ("function", "forward", "backward"),
+    [
+        (gated_norm, gated.gated_norm_fwd, gated.gated_norm_bwd),
+        (norm_of_channels, channels.layer_norm2d_fwd, channels.layer_norm2d_bwd),
+    ],
+)
+def test_other_norms_have_no_autograd_in_a_graph_either(
+    kernels: torch.device, function: Function, forward: Any, backward: Any
+) -> None:
+    """A compiled graph calls the operators' twins; an exported program the operators."""
+    inputs = [torch.randn(2, 3, 5, device=kernels, requires_grad=True) for _ in range(2)]
+    graphs = Graphs()
+    compiled = torch.compile(function, fullgraph=True, backend=graphs.backend)
+    found = []
+    for run in (compiled, function):
+        y = run(*inputs)
+        found.append((y.detach(), *torch.autograd.grad(y.square().sum(), inputs)))
+    assert_same_bits(*found)
+    assert graphs.forward.count(ops.compiled[forward]) == 1
+    assert graphs.backward.count(ops.compiled[backward]) == 1
+
+    class Module(nn.Module):
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            result: Tensor = function(x, y)
+            return result
+
+    given = tuple(tensor.detach() for tensor in inputs)
+    assert calls(torch.export.export(Module(), given).graph_module).count(forward) == 1
 
 
 @pytest.mark.parametrize("function", [norm, block])
