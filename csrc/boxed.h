@@ -152,8 +152,8 @@ inline Tensor contiguous(AtenTensorHandle tensor, DType dtype) {
 
 // The values on a stack: arguments, which it owns until they are handed on, then results.
 //
-// `kinds` names the arguments: (t)ensor, int(s), (f)loat, (b)ool, (d)type and bool(m)ask; a capital
-// letter is an optional one.
+// `kinds` names the arguments: (t)ensor, (i)nt, int(s), (f)loat, (b)ool, (d)type and bool(m)ask; a
+// capital letter is an optional one.
 class Stack {
  public:
   Stack(StableIValue* values, const char* kinds) : values_(values), kinds_(kinds) {}

@@ -3,7 +3,6 @@
 
 #include "channel_calls.h"
 #include "cpu_launch.h"
-#include "gated_calls.h"
 #include "python_calls.h"
 
 namespace fusednorm {
@@ -35,7 +34,7 @@ PyObject* backward(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
 
 PyObject* gated_forward(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   return call([&] {
-    GatedForwardCall forward(named<GatedForwardArguments>(arguments, count));
+    GatedForwardCall<Layout> forward(read_gated_forward(arguments, count));
     if (!forward.is_empty()) {
       const WithoutGil unlocked;
       cpu::run(forward.p);
@@ -46,7 +45,7 @@ PyObject* gated_forward(PyObject*, PyObject* const* arguments, Py_ssize_t count)
 
 PyObject* gated_backward(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   return call([&] {
-    GatedBackwardCall<cpu::GatedBackward> backward(named<GatedBackwardArguments>(arguments, count));
+    GatedBackwardCall<cpu::GatedBackward, Layout> backward(read_gated_backward(arguments, count));
     if (!backward.is_empty()) {
       const Term dweight = backward.dweight(), dbias = backward.dbias();
       const WithoutGil unlocked;

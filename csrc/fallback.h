@@ -88,6 +88,7 @@ inline Ref to_python(Stack& stack, int i) {
     case 'm':
       return list(stack.count(i),
                   [&](int64_t k) { return Ref(PyBool_FromLong(stack.item<bool>(i, k))); });
+    case 'i': return Ref(PyLong_FromLongLong(stack.get<int64_t>(i)));
     case 'b': return Ref(PyBool_FromLong(stack.get<bool>(i)));
     case 'd': return shared(names().dtypes[int(stack.dtype(i))].get());
     default: return Ref(PyFloat_FromDouble(stack.get<double>(i)));

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "calls.h"
+#include "gated_calls.h"
 #include "tensors.h"
 
 namespace fusednorm {
@@ -48,6 +49,48 @@ template <class B>
 PyObject* outputs(const BackwardCall<B, Layout>& call) {
   const auto& [dx, dresidual, dgate, dweight, dbias, dscale, dshift] = call.gradients;
   return pack(dx, dresidual, dgate, dweight, dbias, dscale, dshift);
+}
+
+inline GatedForwardArguments<Layout> read_gated_forward(PyObject* const* arguments,
+                                                        Py_ssize_t count) {
+  struct Objects {
+    PyObject *x, *gate_input, *weight, *bias;
+    PyObject *normalized_shape, *group_size, *eps, *rms, *norm_before_gate, *out_dtype;
+    PyObject *x_hat_dtype, *save_stats;
+  };
+  const auto a = named<Objects>(arguments, count);
+  return {given(a.x),         given(a.gate_input),  given(a.weight),
+          given(a.bias),      a.normalized_shape,   integer(a.group_size),
+          number(a.eps),      flag(a.rms),          flag(a.norm_before_gate),
+          dtype(a.out_dtype), dtype(a.x_hat_dtype), flag(a.save_stats)};
+}
+
+inline GatedBackwardArguments<Layout> read_gated_backward(PyObject* const* arguments,
+                                                          Py_ssize_t count) {
+  struct Objects {
+    PyObject *dz, *x, *gate_input, *mean, *rstd, *weight, *bias;
+    PyObject *normalized_shape, *group_size, *norm_before_gate, *x_hat_dtype, *output_mask;
+  };
+  const auto a = named<Objects>(arguments, count);
+  GatedBackwardArguments<Layout> read{given(a.dz),           given(a.x),
+                                      given(a.gate_input),   given(a.mean),
+                                      given(a.rstd),         given(a.weight),
+                                      given(a.bias),         a.normalized_shape,
+                                      integer(a.group_size), flag(a.norm_before_gate),
+                                      dtype(a.x_hat_dtype),  {}};
+  for (int i = 0; i < 4; ++i)
+    read.wanted[i] = flag(Ref(PySequence_GetItem(a.output_mask, i)).get());
+  return read;
+}
+
+inline PyObject* outputs(const GatedForwardCall<Layout>& call) {
+  return pack(call.z, call.mean, call.rstd);
+}
+
+template <class B>
+PyObject* outputs(const GatedBackwardCall<B, Layout>& call) {
+  const auto& [dx, dgate_input, dweight, dbias] = call.gradients;
+  return pack(dx, dgate_input, dweight, dbias);
 }
 
 }  // namespace fusednorm

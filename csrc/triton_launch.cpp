@@ -13,7 +13,6 @@
 #include <unordered_map>
 
 #include "fallback.h"
-#include "gated_calls.h"
 #include "python_calls.h"
 
 namespace fusednorm {
@@ -226,7 +225,8 @@ Request<20> request(BackwardCall<Backward, Layout>& call, uint64_t device) {
                       dweight.data, dbias.data,     dscale.data,   dshift.data,      nullptr}};
 }
 
-Request<8> request(const GatedForwardCall& call, uint64_t device) {
+template <class Layout>
+Request<8> request(const GatedForwardCall<Layout>& call, uint64_t device) {
   const GatedForward& p = call.p;
   Key key;
   key.put(device << 2 | 2);
@@ -239,7 +239,8 @@ Request<8> request(const GatedForwardCall& call, uint64_t device) {
       {p.x.data, p.gate_input.data, p.weight.data, p.bias.data, p.z.data, p.mean, p.rstd, nullptr}};
 }
 
-Request<12> request(GatedBackwardCall<GatedBackward>& call, uint64_t device) {
+template <class Layout>
+Request<12> request(GatedBackwardCall<GatedBackward, Layout>& call, uint64_t device) {
   const GatedBackward& p = call.p;
   const Term dweight = call.dweight(), dbias = call.dbias();
   Key key;
@@ -299,7 +300,7 @@ PyObject* backward(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
 // triton_gated_forward(device, stream, ..)
 PyObject* gated_forward(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   return call([&] {
-    const GatedForwardCall call(named<GatedForwardArguments>(arguments + 2, count - 2));
+    const GatedForwardCall<Layout> call(read_gated_forward(arguments + 2, count - 2));
     return repeat_from_python(call, arguments[0], arguments[1], arguments[2]);
   });
 }
@@ -307,7 +308,7 @@ PyObject* gated_forward(PyObject*, PyObject* const* arguments, Py_ssize_t count)
 // triton_gated_backward(device, stream, ..)
 PyObject* gated_backward(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   return call([&] {
-    GatedBackwardCall<GatedBackward> call(named<GatedBackwardArguments>(arguments + 2, count - 2));
+    GatedBackwardCall<GatedBackward, Layout> call(read_gated_backward(arguments + 2, count - 2));
     return repeat_from_python(call, arguments[0], arguments[1], arguments[3]);
   });
 }
@@ -413,6 +414,14 @@ bool repeat(ForwardCall<boxed::Layout>& call, AtenTensorHandle like) {
 }
 
 bool repeat(BackwardCall<Backward, boxed::Layout>& call, AtenTensorHandle like) {
+  return repeat_boxed(call, like);
+}
+
+bool repeat(GatedForwardCall<boxed::Layout>& call, AtenTensorHandle like) {
+  return repeat_boxed(call, like);
+}
+
+bool repeat(GatedBackwardCall<GatedBackward, boxed::Layout>& call, AtenTensorHandle like) {
   return repeat_boxed(call, like);
 }
 

@@ -10,6 +10,7 @@
 
 #include "boxed.h"
 #include "calls.h"
+#include "gated_calls.h"
 
 namespace fusednorm {
 
@@ -17,6 +18,8 @@ namespace fusednorm {
 // Python has to serve it.
 bool repeat(ForwardCall<boxed::Layout>& call, AtenTensorHandle like);
 bool repeat(BackwardCall<Backward, boxed::Layout>& call, AtenTensorHandle like);
+bool repeat(GatedForwardCall<boxed::Layout>& call, AtenTensorHandle like);
+bool repeat(GatedBackwardCall<GatedBackward, boxed::Layout>& call, AtenTensorHandle like);
 
 // Ends with an empty one.
 extern PyMethodDef triton_methods[];

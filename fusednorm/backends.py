@@ -499,7 +499,7 @@ def own_operators() -> Any:
     if extension_missing() is not None:
         return None
     extension = importlib.import_module("fusednorm._C")
-    return extension if hasattr(extension, "register_own_operators") else None
+    return extension if hasattr(extension, "register_own_operator") else None
 
 
 def _read_environment() -> None:

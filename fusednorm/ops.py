@@ -34,6 +34,8 @@ def define(name: str, signature: str, implementation: Any, fake: Any) -> Any:
     _library.impl(f"_{name}", torch.library.fallthrough_kernel, "Autograd")
     operator, twin = (getattr(torch.ops.fusednorm, each).default for each in (name, f"_{name}"))
     compiled[operator] = twin
+    if (extension := backends.own_operators()) is not None:
+        extension.register_own_operator(name, implementation)
     return operator
 
 
@@ -113,5 +115,3 @@ layer_norm_bwd = define(
     _layer_norm_bwd,
     _layer_norm_bwd_fake,
 )
-if (_extension := backends.own_operators()) is not None:
-    _extension.register_own_operators(_layer_norm_fwd, _layer_norm_bwd)

@@ -12,14 +12,15 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import fusednorm
-from fusednorm import backends, ops
-from fusednorm.spec import Operands, Saved, Spec
+from fusednorm import backends, gated, ops
+from fusednorm.spec import GatedOperands, GatedSaved, GatedSpec, Operands, Saved, Spec
 
 _C = backends.own_operators()
 if _C is None:
     pytest.skip("the compiled extension was not built", allow_module_level=True)
 
 FWD, BWD = "layer_norm_fwd", "layer_norm_bwd"
+GATED_FWD, GATED_BWD = "gated_norm_fwd", "gated_norm_bwd"
 SHAPE, COLS = (2, 3, 40), 40
 
 Function = Callable[..., Any]
@@ -126,9 +127,9 @@ def assert_same(ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...]) -> None:
         torch.testing.assert_close(mine, other, rtol=0, atol=0, equal_nan=True, check_stride=True)
 
 
-def masks(operands: Operands) -> list[tuple[bool, ...]]:
+def masks(*operands: Tensor | None) -> list[tuple[bool, ...]]:
     """Return what may be wanted of a backward: everything, and each gradient alone."""
-    there = tuple(tensor is not None for tensor in operands[:-1])
+    there = tuple(tensor is not None for tensor in operands)
     alone = [tuple(i == k for i in range(len(there))) for k in range(len(there)) if there[k]]
     return [there, *alone]
 
@@ -140,11 +141,58 @@ def test_python_and_the_extension_return_the_same(use: str, poison: None) -> Non
     before = served(FWD), served(BWD)
     results = ops.layer_norm_fwd(*operands, *spec)
     assert_same(results, ops._layer_norm_fwd(*operands, *spec))
-    wanted = masks(operands)
+    wanted = masks(*operands[:-1])
     for mask in wanted:
         arguments = gradient_call(operands, spec, results, mask)
         assert_same(ops.layer_norm_bwd(*arguments), ops._layer_norm_bwd(*arguments))
     assert (served(FWD), served(BWD)) == (before[0] + 1, before[1] + len(wanted))
+
+
+GATED = GatedOperands(PLAIN["x"], torch.randn(SHAPE), PLAIN["weight"], None)
+GATED_SPEC = GatedSpec((COLS,), COLS, 1e-5, True, True, torch.float32, None)
+GATED_USES: dict[str, tuple[dict[str, Tensor | None], dict[str, Any]]] = {
+    "RMS norm": ({}, {}),
+    "gate first": ({}, {"norm_before_gate": False}),
+    "layer norm": ({"bias": PLAIN["bias"]}, {"rms": False}),
+    "groups": ({"bias": PLAIN["bias"]}, {"rms": False, "group_size": 8}),
+    "no parameters": ({"weight": None}, {}),
+    "float64": ({"x": PLAIN["x"].double()}, {"out_dtype": torch.float64}),
+    "rounded x_hat": (
+        {"x": HALF["x"], "gate_input": HALF["residual"]},
+        {"out_dtype": torch.bfloat16, "x_hat_dtype": torch.bfloat16},
+    ),
+    "strided": ({"x": strided(*SHAPE), "gate_input": strided(*SHAPE)}, {}),
+    "two dimensions": ({"weight": torch.randn(3, COLS)}, {"normalized_shape": (3, COLS)}),
+    "no rows": ({"x": torch.randn(0, COLS), "gate_input": torch.randn(0, COLS)}, {}),
+}
+
+
+@pytest.mark.parametrize("use", GATED_USES)
+def test_gated_norms_are_the_same_as_well(use: str, poison: None) -> None:
+    """Bits, shapes, dtypes and strides, forward and backward, whatever is wanted."""
+    tensors, options = GATED_USES[use]
+    operands, spec = GATED._replace(**tensors), GATED_SPEC._replace(**options)
+    before = served(GATED_FWD), served(GATED_BWD)
+    results = z, mean, rstd = gated.gated_norm_fwd(*operands, *spec)
+    assert_same(results, gated._fwd(*operands, *spec))
+    x, gate_input, *parameters = operands
+    saved = GatedSaved(x, gate_input, None if spec.rms else mean, rstd, *parameters)
+    wanted = masks(*operands)
+    for mask in wanted:
+        arguments = torch.randn_like(z), *saved, *spec[:5], spec.x_hat_dtype, list(mask)
+        assert_same(gated.gated_norm_bwd(*arguments), gated._bwd(*arguments))
+    assert (served(GATED_FWD), served(GATED_BWD)) == (before[0] + 1, before[1] + len(wanted))
+
+
+def test_a_gated_norm_that_the_kernels_do_not_serve_is_handed_on() -> None:
+    """Python gets the call with all of its arguments, and its error comes back."""
+    before = served(GATED_FWD)
+    given = GATED._replace(weight=torch.ones(COLS, dtype=torch.int32))
+    with pytest.raises(TypeError) as expected:
+        gated._fwd(*given, *GATED_SPEC)
+    with pytest.raises(RuntimeError, match=re.escape(str(expected.value))):
+        gated.gated_norm_fwd(*given, *GATED_SPEC)
+    assert served(GATED_FWD) == before
 
 
 def test_rows_without_columns() -> None:

@@ -32,7 +32,7 @@ from fake_gpu.uses import (
     gated_forward,
     uses,
 )
-from fusednorm import backends, ops, torch_operators
+from fusednorm import backends, gated, ops, torch_operators
 from fusednorm.triton_kernels import plans
 from fusednorm.triton_kernels.backward import layer_norm_bwd
 from fusednorm.triton_kernels.channels import layer_norm2d_bwd, layer_norm2d_fwd
@@ -158,6 +158,12 @@ def operator_call(launcher: Launcher, call: Call) -> Callable[[], Any]:
     shape, *options = call.arguments[len(call.tensors) :]
     if launcher is layer_norm_fwd:
         return functools.partial(ops.layer_norm_fwd, *tensors, shape, *options[:-2])
+    if launcher is gated_norm_fwd:
+        return functools.partial(gated.gated_norm_fwd, *tensors, shape, *options[:-1])
+    if launcher is gated_norm_bwd:
+        size, *others = options
+        numbers = size, 0.0, call.tensors["mean"] is None
+        return functools.partial(gated.gated_norm_bwd, *tensors, shape, *numbers, *others)
     rms = call.tensors["mean"] is None
     return functools.partial(ops.layer_norm_bwd, *tensors, shape, 0.0, rms, *options)
 
@@ -179,7 +185,7 @@ def triton_alone(served_by_plans: None) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("triton_alone")
-@pytest.mark.parametrize("use", [use for use in uses() if not use.gated], ids=str)
+@pytest.mark.parametrize("use", uses(), ids=str)
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_an_operator_starts_the_same_without_python(use: Use, direction: str) -> None:
     """The first call of a layout is Python's, the others the extension's."""
