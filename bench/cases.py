@@ -300,10 +300,10 @@ CPU_SHAPES = (
 )
 GATED_SHAPES = ((4096, 1024), (512, 4096))
 USES_SHAPES = ((4, 64), (64, 768), (512, 768), (1024, 4096))
-# Eight images: every width of ConvNeXt at every stage of it, and a wide norm. Then one small image.
+# Eight images: the stages of ConvNeXt-T, the first of ConvNeXt-L, SAM's neck. Then one small image.
 CHANNELS_SHAPES = (
-    *((SAMPLES * side**2, cols) for side in (56, 28, 14, 7) for cols in (96, 192, 384, 768)),
-    *((SAMPLES * 32**2, 256), (49, 64)),
+    *((SAMPLES * side**2, cols) for side, cols in ((56, 96), (28, 192), (14, 384), (7, 768))),
+    *((SAMPLES * 56**2, 192), (SAMPLES * 32**2, 256), (49, 64)),
 )
 COMPILED_SHAPES = ((6144, 1024), (512, 768))
 QUICK_COLS = (256, 1024, 4096, 16384)
