@@ -79,11 +79,10 @@ def _load_channels(ptr, chunk, C: tl.constexpr):
 
 
 @triton.jit
-def _take_tile(number, tiles, positions, ROWS: tl.constexpr):
-    """Return the image of a tile, an int64, and its positions."""
+def _take_rows(number, tiles, ROWS: tl.constexpr):
+    """Return the image of a tile, an int64, and its positions: 3.6 returns no tuple with a None."""
     image = (number // tiles).to(tl.int64)
-    rows = (number % tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    return image, Tile(rows, positions, None, 0)
+    return image, (number % tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
 
 
 # No number of images or positions may become part of what is compiled, but for their alignment:
@@ -116,7 +115,8 @@ def layer_norm2d_fwd_kernel(
     )
     C: tl.constexpr = constants(N, ROWS, BLOCK_N, CHUNKS, 1, COMPUTE, None, None, CORRECTED)
     positions = positions.to(tl.int64) * VECTOR
-    image, tile = _take_tile(tl.program_id(0), tiles, positions, ROWS)
+    image, rows = _take_rows(tl.program_id(0), tiles, ROWS)
+    tile = Tile(rows, positions, None, 0)
     x = Image(x_ptr + image * batch_stride * VECTOR, channel_stride.to(INDEX) * VECTOR)
     z = Image(z_ptr + image * N * positions, positions.to(INDEX))
     xs = ()
@@ -194,7 +194,8 @@ def layer_norm2d_bwd_kernel(
         dzs += (tl.zeros((BLOCK_N,), COMPUTE),)
 
     for number in tl.range(start, end, num_stages=NUM_STAGES):
-        image, tile = _take_tile(tl.cast(number, tl.int64), tiles, positions, ROWS)
+        image, rows = _take_rows(tl.cast(number, tl.int64), tiles, ROWS)
+        tile = Tile(rows, positions, None, 0)
         dz_stride = dz_channel_stride.to(INDEX) * VECTOR
         x_stride = x_channel_stride.to(INDEX) * VECTOR
         dz = Image(dz_ptr + image * dz_batch_stride * VECTOR, dz_stride)
