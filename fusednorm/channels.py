@@ -127,7 +127,7 @@ def _fwd_fake(
 
 def _bwd(dz: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     *tensors, _eps, _rms, wanted = arguments
-    return fill(_device_launchers(x).backward(dz, x, *tensors, wanted), x)
+    return fill(_device_launchers(x).backward(dz, x, *tensors, tuple(wanted)), x)
 
 
 def _bwd_fake(dz: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:

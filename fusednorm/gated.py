@@ -53,8 +53,9 @@ def _fwd_fake(*arguments: Any) -> tuple[Tensor, ...]:
 
 def _bwd(dz: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     saved = GatedSaved(*arguments[:_SAVED])
-    shape, group_size, _eps, _rms, *options = arguments[_SAVED:]
-    results = _launchers(saved.x).backward(dz, *saved, tuple(shape), group_size, *options)
+    shape, group_size, _eps, _rms, *options, mask = arguments[_SAVED:]
+    numbers = tuple(shape), group_size, *options, tuple(mask)
+    results = _launchers(saved.x).backward(dz, *saved, *numbers)
     return fill(results, dz)
 
 

@@ -68,10 +68,10 @@ def _layer_norm_fwd_fake(*arguments: Any) -> tuple[Tensor, ...]:
 
 def _layer_norm_bwd(*arguments: Any) -> tuple[Tensor, ...]:
     count = 2 + len(Saved._fields)
-    tensors, (shape, _eps, _rms, *options) = arguments[:count], arguments[count:]
+    tensors, (shape, _eps, _rms, *options, mask) = arguments[:count], arguments[count:]
     h = Saved(*tensors[2:]).h
     launchers = backends.launchers(backends.kernels(h.device) or "torch")
-    return fill(launchers.backward(*tensors, tuple(shape), *options), h)
+    return fill(launchers.backward(*tensors, tuple(shape), *options, tuple(mask)), h)
 
 
 def _layer_norm_bwd_fake(_dz: Tensor | None, _dh: Tensor | None, *arguments: Any) -> Any:

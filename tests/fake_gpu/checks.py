@@ -32,7 +32,7 @@ from fake_gpu.uses import (
     gated_forward,
     uses,
 )
-from fusednorm import backends, gated, ops, torch_operators
+from fusednorm import backends, channels, gated, ops, torch_operators
 from fusednorm.triton_kernels import plans
 from fusednorm.triton_kernels.backward import layer_norm_bwd
 from fusednorm.triton_kernels.channels import layer_norm2d_bwd, layer_norm2d_fwd
@@ -155,6 +155,11 @@ def test_every_way_starts_the_same(use: Use, direction: str) -> None:
 def operator_call(launcher: Launcher, call: Call) -> Callable[[], Any]:
     """Return the call of our operator that ends in a call of a launcher."""
     tensors = call.arguments[: len(call.tensors)]
+    if launcher is layer_norm2d_fwd:
+        return functools.partial(channels.layer_norm2d_fwd, *call.arguments[:-1])
+    if launcher is layer_norm2d_bwd:
+        numbers = 0.0, call.tensors["mean"] is None
+        return functools.partial(channels.layer_norm2d_bwd, *tensors, *numbers, call.arguments[-1])
     shape, *options = call.arguments[len(call.tensors) :]
     if launcher is layer_norm_fwd:
         return functools.partial(ops.layer_norm_fwd, *tensors, shape, *options[:-2])
@@ -162,8 +167,8 @@ def operator_call(launcher: Launcher, call: Call) -> Callable[[], Any]:
         return functools.partial(gated.gated_norm_fwd, *tensors, shape, *options[:-1])
     if launcher is gated_norm_bwd:
         size, *others = options
-        numbers = size, 0.0, call.tensors["mean"] is None
-        return functools.partial(gated.gated_norm_bwd, *tensors, shape, *numbers, *others)
+        fresh = 0.0, call.tensors["mean"] is None
+        return functools.partial(gated.gated_norm_bwd, *tensors, shape, size, *fresh, *others)
     rms = call.tensors["mean"] is None
     return functools.partial(ops.layer_norm_bwd, *tensors, shape, 0.0, rms, *options)
 
@@ -185,17 +190,20 @@ def triton_alone(served_by_plans: None) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("triton_alone")
-@pytest.mark.parametrize("use", uses(), ids=str)
-@pytest.mark.parametrize("direction", ["forward", "backward"])
-def test_an_operator_starts_the_same_without_python(use: Use, direction: str) -> None:
-    """The first call of a layout is Python's, the others the extension's."""
+@pytest.mark.parametrize(
+    ("use", "direction"), [call for call in CALLS if call[1] != "inference"], ids=str
+)
+def test_an_operator_starts_the_same(use: Use, direction: str) -> None:
+    """The first call of a layout is Python's, the others the extension's where it has the norm."""
     launcher, call = launcher_and_call(direction, use)
     expected, sizes = by_triton(launcher, call)
-    plans.forget()
-    before = plans._C.own_operator_calls()[launcher.__name__]
     run = operator_call(launcher, call)
-    assert by_repeater("extension", launcher, call, expected, sizes, run) == expected
-    assert plans._C.own_operator_calls()[launcher.__name__] == before + 1
+    before = plans._C.own_operator_calls()
+    for repeater in REPEATERS:
+        plans.forget()
+        assert by_repeater(repeater, launcher, call, expected, sizes, run) == expected
+    served = {name: count - before[name] for name, count in plans._C.own_operator_calls().items()}
+    assert served == {name: int(name == launcher.__name__) for name in before}
 
 
 @pytest.mark.usefixtures("triton_alone")
