@@ -339,7 +339,7 @@ class _InPython:
         if not _is_served(x, shape, weight, bias) or not _fits(dz, x, (mean, rstd)):
             arguments = (dz, x, shape, mean, rstd, weight, bias, mask)
             return self._hand_on(OPERATORS[1], keys, *arguments)
-        return _backward(OPERATORS[1], dz, x, shape, mean, rstd, weight, bias, tuple(mask))
+        return _backward(dz, x, shape, tuple(mask), mean=mean, rstd=rstd, weight=weight, bias=bias)
 
     def _rms_norm_bwd(
         self,
@@ -353,8 +353,7 @@ class _InPython:
     ) -> Any:
         if not _is_served(x, shape, weight) or not _fits(dz, x, (rstd,)):
             return self._hand_on(OPERATORS[3], keys, dz, x, shape, rstd, weight, mask)
-        grads = _backward(OPERATORS[3], dz, x, shape, None, rstd, weight, None, (*mask, False))
-        return grads[:2]
+        return _backward(dz, x, shape, (*mask, False), rstd=rstd, weight=weight)[:2]
 
 
 def _is_served(
@@ -420,17 +419,17 @@ def _forward(
 
 
 def _backward(
-    name: str,
     dz: Tensor,
     x: Tensor,
     shape: list[int],
-    mean: Tensor | None,
+    mask: tuple[bool, ...],
+    *,
     rstd: Tensor,
     weight: Tensor | None,
-    bias: Tensor | None,
-    mask: tuple[bool, ...],
+    mean: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
-    """Return the gradients of x, weight and bias."""
+    """Return the gradients of x, weight and bias; those of an RMS norm without a mean."""
     kernels = _launchers(x)
     rows, _ = rows_and_columns(x, tuple(shape))
     statistics = (None if mean is None else mean.reshape(rows), rstd.reshape(rows))
@@ -438,7 +437,7 @@ def _backward(
     wanted = (mask[0], False, False, mask[1], mask[2], False, False)
     options = (tuple(shape), 0.0, x.dtype, x.dtype, None, wanted)
     dx, _, _, dweight, dbias, *_ = kernels.backward(*tensors, *options)
-    _served[name] += 1
+    _served[OPERATORS[3 if mean is None else 1]] += 1
     return dx, dweight, dbias
 
 
