@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 import os
 import re
@@ -261,6 +262,28 @@ def test_enabled_norms_are_torchs_in_our_kernels(norm: str) -> None:
     expected = compose(case, inputs)
     torch.testing.assert_close(outputs, expected if isinstance(expected, tuple) else (expected,))
     assert sum(torch_operators.calls().values()) == before + 1
+
+
+@pytest.mark.skipif(backends.own_operators() is None, reason="the extension was not built")
+@pytest.mark.parametrize("norm", ["add", "gated_rms"])
+def test_compiled_norms_of_ours_are_our_operators(
+    monkeypatch: pytest.MonkeyPatch, norm: str
+) -> None:
+    """A graph of the provider calls the kernels, once for each call and direction."""
+    compile = functools.partial(torch.compile, backend="aot_eager")  # in place of seconds of g++
+    monkeypatch.setattr(torch, "compile", compile)
+    (ours,), _ = find(["fusednorm-compiled"], CPU)
+    case = Case(f"{norm}/both", 8, 64, "float32", "float32")
+    inputs = draw(case, CPU, torch.Generator().manual_seed(0))
+    with ours.scope():
+        (call,) = calls_of(case, ours, [inputs])
+        call()
+        before = backends.own_operators().own_operator_calls()
+        call()
+        after = backends.own_operators().own_operator_calls()
+    called = {name for name, count in after.items() if count == before[name] + 1}
+    kind = "gated" if norm == "gated_rms" else "layer"
+    assert called == {f"{kind}_norm_fwd", f"{kind}_norm_bwd"}
 
 
 def test_missing_peers_are_named() -> None:
