@@ -42,6 +42,7 @@ class Stack(NamedTuple):
         """Return the norms and sums alone."""
         return self._replace(parts=[(norm, gate, lambda z: z) for norm, gate, _ in self.parts])
 
+
 def two_calls(
     norm: Any, branch: Tensor, gate: Tensor | None, stream: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -236,8 +237,10 @@ def main() -> None:
     torch.set_num_threads(1)
     wanted = [name for name in sys.argv[1:] if not name.startswith("--")] or list(MODELS)
     print(f"{'':48}{'whole, ms':^30}{'norms and sums alone, ms':^30}{'saves of whole':^20}")
-    print(f"{'':48}{2 * ''.join(f'{way:>10}' for way in ('torch', 'norms', 'sums'))}"
-          f"{'norms':>10}{'sums':>10}{'differs':>9}")
+    print(
+        f"{'':48}{2 * ''.join(f'{way:>10}' for way in ('torch', 'norms', 'sums'))}"
+        f"{'norms':>10}{'sums':>10}{'differs':>9}"
+    )
     for name in wanted:
         rows = MODELS[name][2][1]
         for dtype in DTYPES:
