@@ -33,11 +33,14 @@ DTYPES = (torch.float32, torch.bfloat16)
 # The norm, the output of a branch, its LayerScale, the stream so far -> what goes on, the stream.
 AddNorm = Callable[[Any, Tensor, Tensor | None, Tensor | None], tuple[Tensor, Tensor]]
 
+# A norm, the LayerScale of the branch behind it, that branch.
+Part = tuple[nn.Module, Tensor | None, Callable[[Any], Any]]
+
 
 class Stack(NamedTuple):
-    """A norm, a LayerScale or None and a branch, twice for each block; then the last norm."""
+    """Two parts for each block; then the last norm."""
 
-    parts: list[tuple[nn.Module, Tensor | None, Callable[[Tensor], Tensor]]]
+    parts: list[Part]
     last: nn.Module
 
     def without_branches(self) -> Stack:
@@ -78,10 +81,10 @@ def run(stack: Stack, add_norm: AddNorm, x: Tensor) -> Tensor:
 def llama(model: Any, rows: int) -> Stack:
     """Return the blocks of transformers' Llama, for one sequence."""
     rotary = model.rotary_emb(torch.empty(1, dtype=model.dtype), torch.arange(rows)[None])
-    parts = []
+    parts: list[Part] = []
     for block in model.layers:
 
-        def attention(z: Tensor, block: Any = block) -> Tensor:
+        def attention(z: Tensor, block: Any = block) -> Any:
             return block.self_attn(z, position_embeddings=rotary, attention_mask=None)[0]
 
         parts += [(block.input_layernorm, None, attention)]
@@ -91,7 +94,7 @@ def llama(model: Any, rows: int) -> Stack:
 
 def vit(model: Any, _: int) -> Stack:
     """Return the blocks of timm's ViT."""
-    parts = []
+    parts: list[Part] = []
     for block in model.blocks:
         parts += [(block.norm1, getattr(block.ls1, "gamma", None), block.attn)]
         parts += [(block.norm2, getattr(block.ls2, "gamma", None), block.mlp)]
@@ -139,7 +142,8 @@ def ways(
     swapped = copy.deepcopy(own)
     fusednorm.replace_norms(swapped)
     x = torch.randn(shape, dtype=dtype, requires_grad=training)
-    whole, alone = {}, {}
+    whole: dict[str, Callable[[], Any]] = {}
+    alone: dict[str, Callable[[], Any]] = {}
     for way, model, add_norm in (
         ("torch", own, two_calls),
         ("norms", swapped, two_calls),
