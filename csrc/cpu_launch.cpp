@@ -66,8 +66,9 @@ void share_out(Channels& p) {
 // The partial sums of one gradient: [count * rows, N] that are added up to [rows, N or 1].
 class Partials {
  public:
-  // `gradient` is absent where it is not wanted.
-  Partials(const Term& gradient, int64_t partial_rows, const Problem& p) {
+  // `gradient` is absent where it is not wanted. `finishes`: the kernel turns a sum to which no
+  // others are added into the gradient, and needs no memory.
+  Partials(const Term& gradient, int64_t partial_rows, const Problem& p, bool finishes = false) {
     if (gradient.data == nullptr) return;
     rows_ = gradient.stride == 0 ? 1 : p.rows / p.rows_per_sample;
     void* out = const_cast<void*>(gradient.data);
@@ -77,12 +78,20 @@ class Partials {
       data_ = fold_.out;  // nothing to add up, nothing to convert
       return;
     }
+    if (fold_.count == 1 && finishes) return;
     memory_.reset(malloc(partial_rows * p.cols * size_of(p.compute)));
     if (!memory_) throw std::bad_alloc();
     fold_.partials = data_ = memory_.get();
   }
 
   void* data() const { return data_; }
+
+  // What the kernel writes to and, if there is no memory, finishes.
+  Fold sums() const {
+    Fold sums = fold_;
+    sums.partials = data_;
+    return sums;
+  }
 
   void fold(const Kernels& kernels) const {
     if (fold_.partials == nullptr) return;
@@ -130,14 +139,14 @@ void run(Backward& p, const Terms& terms) {
 
   const Partials partials[] = {{terms.dweight, p.tasks, p},
                                {terms.dbias, p.tasks, p},
-                               {terms.dgate, p.units, p},
-                               {terms.dscale, p.units, p},
-                               {terms.dshift, p.units, p}};
+                               {terms.dgate, p.units, p, true},
+                               {terms.dscale, p.units, p, true},
+                               {terms.dshift, p.units, p, true}};
   p.dweight = partials[0].data();
   p.dbias = partials[1].data();
-  p.dgate = partials[2].data();
-  p.dscale = partials[3].data();
-  p.dshift = partials[4].data();
+  p.dgate = partials[2].sums();
+  p.dscale = partials[3].sums();
+  p.dshift = partials[4].sums();
 
   const Kernels& kernels = cpu::kernels();
   parallel_for(p.tasks, 1, [&](int64_t first, int64_t last) { kernels.backward(p, first, last); });

@@ -83,6 +83,7 @@ from test_terms import (
     test_long_rows,
     test_opcheck,
     test_start_of_a_stream_is_not_copied,
+    test_terms_of_every_row,
     test_unused_output,
     test_uses,
 )
@@ -272,6 +273,27 @@ def test_threads_share_samples(kernels: torch.device, samples: int) -> None:
     for result in results[1:]:
         for ours, alone in zip(result, results[0], strict=True):
             torch.testing.assert_close(ours, alone, rtol=1e-4, atol=1e-3)
+
+
+MEMORY_OF_BACKWARD = """
+import resource, torch, fusednorm
+rows, cols = 16384, 1024
+x, dz = (torch.randn(rows, cols).to(torch.bfloat16) for _ in range(2))
+scale, shift = (torch.randn(rows, cols).to(torch.bfloat16).requires_grad_() for _ in range(2))
+z = fusednorm.modulated_layer_norm(x, cols, shift, scale)
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+before = peak()
+gradients = torch.autograd.grad(z, (scale, shift), dz)
+print((peak() - before) / sum(gradient.nbytes for gradient in gradients))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="resource counts in other units")
+def test_terms_of_every_row_need_no_partial_rows() -> None:
+    """Their gradients, in half precision, are written where they belong: they are all it takes."""
+    command = [sys.executable, "-c", MEMORY_OF_BACKWARD]
+    grown = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert float(grown) < 1.5
 
 
 # Calls that need no other check

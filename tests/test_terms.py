@@ -122,6 +122,14 @@ def test_uses(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("cols", [64, 769])
+@pytest.mark.parametrize("use", ["AdaLN-Zero", "everything", "everything, RMS and scalars"])
+def test_terms_of_every_row(kernels: torch.device, use: str, cols: int, dtype: torch.dtype) -> None:
+    """A sample may be one row: nothing is added up in the gradients of its terms."""
+    assert_accurate(lambda: make((7,), cols, dtype, kernels, USES[use]), draws=2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("use", PAIRS)
 def test_pairs(
     kernels: torch.device, monkeypatch: pytest.MonkeyPatch, use: dict[str, Any], dtype: torch.dtype

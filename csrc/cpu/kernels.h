@@ -565,6 +565,27 @@ ALWAYS_INLINE void differentiate(const T* const (&dz)[R], const T* const (&h)[R]
     run_streamed(std::integral_constant<Wanted, Wanted::dx>{});
 }
 
+// Writes columns of one row of `p.out`: the sums of `count` rows that lie one after the other.
+template <class C>
+void fold_columns(const Fold& p, const C* partials, int64_t row, int64_t first, int64_t last) {
+  const Row out{static_cast<char*>(p.out), p.dtype};
+  const auto sum = [&](int64_t col, auto part) {
+    Vector<C> total{};
+    for (int64_t i = 0; i < p.count; ++i) total += load<C>(partials + i * p.cols + col, part);
+    return total;
+  };
+  if (p.is_number) {
+    double total[1];
+    sum_columns<C>(p.cols, total,
+                   [&](int64_t col, auto part, Vector<C>* sums) { sums[0] += sum(col, part); });
+    store_any<C>(out, row, Vector<C>{} + C(total[0]), Part{1});
+    return;
+  }
+  for_columns<C>(last - first, [&](int64_t col, auto part) {
+    store_any<C>(out, row * p.cols + first + col, sum(first + col, part), part);
+  });
+}
+
 template <class C>
 class Differentiation {
  public:
@@ -580,6 +601,9 @@ class Differentiation {
         dz_x_hat_(cols_),
         dz_(cols_),
         dgate_(cols_),
+        own_dgate_(cols_),
+        own_dscale_(cols_),
+        own_dshift_(cols_),
         dz_copy_(cols_),
         h_copy_(cols_),
         total_(cols_) {
@@ -607,13 +631,24 @@ class Differentiation {
     return static_cast<C*>(memset(static_cast<C*>(partials) + row * cols_, 0, cols_ * sizeof(C)));
   }
 
+  // Returns where the sums over a unit go, zeroed, or null; `own` where no others are added to
+  // them.
+  C* unit_row(const Fold& sums, int64_t unit, Buffer<C>& own) {
+    if (sums.partials) return partial_row(const_cast<void*>(sums.partials), unit);
+    return sums ? own.zeros() : nullptr;
+  }
+
+  void finish(const Fold& sums, int64_t unit, const C* row) {
+    if (sums && !sums.partials) fold_columns<C>(sums, row, unit, 0, cols_);
+  }
+
   void run_unit(int64_t unit, C* dweight, C* dbias) {
     const int64_t sample = unit / p_.units_per_sample, piece = unit % p_.units_per_sample;
     const int64_t start = sample * p_.rows_per_sample;
     const int64_t last = start + p_.rows_per_sample * (piece + 1) / p_.units_per_sample;
-    C* dscale = partial_row(p_.dscale, unit);
-    C* dshift = partial_row(p_.dshift, unit);
-    C* dgate = partial_row(p_.dgate, unit);
+    C* dscale = unit_row(p_.dscale, unit, own_dscale_);
+    C* dshift = unit_row(p_.dshift, unit, own_dshift_);
+    C* dgate = unit_row(p_.dgate, unit, own_dgate_);
     load_sample(sample);
     for (int64_t row = start + p_.rows_per_sample * piece / p_.units_per_sample; row < last;) {
       const int64_t end = min_of(last, row + rows_per_sum);
@@ -621,6 +656,9 @@ class Differentiation {
       for (; row < end; ++row) run_row(row);
       add_sums(dweight, dbias, dscale, dshift, dgate);
     }
+    finish(p_.dscale, unit, dscale);
+    finish(p_.dshift, unit, dshift);
+    finish(p_.dgate, unit, dgate);
   }
 
   void load_sample(int64_t sample) {
@@ -746,31 +784,11 @@ class Differentiation {
   const Backward& p_;
   int64_t cols_;
   SampleVector<C> gates_, weights_, biases_, scales_;
-  Buffer<C> keep_, factor_, dz_x_hat_, dz_, dgate_, dz_copy_, h_copy_, total_;
+  Buffer<C> keep_, factor_, dz_x_hat_, dz_, dgate_, own_dgate_, own_dscale_, own_dshift_;
+  Buffer<C> dz_copy_, h_copy_, total_;
   ColumnSums<C> sums_;
   const C *gate_vector_, *weight_vector_, *bias_vector_, *scale_vector_, *factor_vector_;
 };
-
-template <class C>
-void fold_columns(const Fold& p, int64_t row, int64_t first, int64_t last) {
-  const C* partials = static_cast<const C*>(p.partials) + row * p.count * p.cols;
-  const Row out{static_cast<char*>(p.out), p.dtype};
-  const auto sum = [&](int64_t col, auto part) {
-    Vector<C> total{};
-    for (int64_t i = 0; i < p.count; ++i) total += load<C>(partials + i * p.cols + col, part);
-    return total;
-  };
-  if (p.is_number) {
-    double total[1];
-    sum_columns<C>(p.cols, total,
-                   [&](int64_t col, auto part, Vector<C>* sums) { sums[0] += sum(col, part); });
-    store_any<C>(out, row, Vector<C>{} + C(total[0]), Part{1});
-    return;
-  }
-  for_columns<C>(last - first, [&](int64_t col, auto part) {
-    store_any<C>(out, row * p.cols + first + col, sum(first + col, part), part);
-  });
-}
 
 void run_forward(const Forward& p, int64_t first_row, int64_t last_row) {
   if (p.compute == DType::f64)
@@ -794,11 +812,17 @@ void run_backward(const Backward& p, int64_t first_task, int64_t last_task) {
   end_of_stream();
 }
 
+template <class C>
+void fold_row(const Fold& p, int64_t row, int64_t first, int64_t last) {
+  const C* partials = static_cast<const C*>(p.partials) + row * p.count * p.cols;
+  fold_columns<C>(p, partials, row, first, last);
+}
+
 void run_fold(const Fold& p, int64_t row, int64_t first_col, int64_t last_col) {
   if (p.compute == DType::f64)
-    fold_columns<double>(p, row, first_col, last_col);
+    fold_row<double>(p, row, first_col, last_col);
   else
-    fold_columns<float>(p, row, first_col, last_col);
+    fold_row<float>(p, row, first_col, last_col);
 }
 
 }  // namespace

@@ -7,14 +7,26 @@
 
 namespace fusednorm::cpu {
 
+// Adds up partial rows: out[i, :] is the sum of `count` consecutive rows of `partials`.
+struct Fold {
+  const void* partials = nullptr;  // [rows * count, N] of C
+  int64_t cols = 0;
+  int64_t count = 0;
+  DType compute = DType::f32;
+  void* out = nullptr;     // [rows, N], or [rows] of sums over the columns as well
+  bool is_number = false;  // the latter
+  DType dtype = DType::none;
+
+  explicit operator bool() const { return out != nullptr; }
+};
+
 struct Backward : fusednorm::Backward {
   // Where present: [tasks, N] of C, the sums over the rows of a task.
   void* dweight = nullptr;
   void* dbias = nullptr;
-  // Where present: [units, N] of C, the sums over the rows of a unit.
-  void* dgate = nullptr;
-  void* dscale = nullptr;
-  void* dshift = nullptr;
+  // Where present: of the sums over the rows of each unit. Without `partials` a unit is a whole
+  // sample, whose sums the backward turns into the gradient itself.
+  Fold dgate, dscale, dshift;
   int64_t units_per_sample = 1;  // a unit is a run of consecutive rows of one sample
   int64_t units = 1;
   int64_t tasks = 1;  // a task is a run of consecutive units
@@ -65,17 +77,6 @@ struct ChannelsBackward : Channels {
 
 // The positions of a unit; its image's last one takes what is left over as well.
 constexpr int64_t unit_positions = 64;
-
-// Adds up partial rows: out[i, :] is the sum of `count` consecutive rows of `partials`.
-struct Fold {
-  const void* partials = nullptr;  // [rows * count, N] of C
-  int64_t cols = 0;
-  int64_t count = 0;
-  DType compute = DType::f32;
-  void* out = nullptr;     // [rows, N], or [rows] of sums over the columns as well
-  bool is_number = false;  // the latter
-  DType dtype = DType::none;
-};
 
 // One build of the kernels, for one instruction set. All of them may run in several threads at once
 // on disjoint ranges, and give the same bits however the work is shared out among calls.
