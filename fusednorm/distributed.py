@@ -15,13 +15,15 @@ the whole row: each device sends two numbers a row, and in a backward two again.
 operand that is replicated beside sharded rows is a partial sum, which whoever reads it adds up.
 
 These are no rules of `register_sharding`: such a rule says where the tensors go, and can neither
-number the rows that dropout draws for nor communicate in the middle of an operator; and what torch
-remembers of it is found again by the tensors alone, whatever the `normalized_shape`.
+number the rows that dropout draws for nor communicate in the middle of an operator. Nor has it a
+place for the statistics, [M], of rows that are sharded on any dimension but the first, or unevenly.
+A graph has the operators on the parts; torch refuses one that is given a DTensor.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from copy import copy
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -65,8 +67,7 @@ def run(call: Call, torchs: Choice | None, run_local: Run) -> tuple[Tensor, Tens
         return reference.around_torch(operands, spec)
     if plan.mesh.get_coordinate() is None:
         return _elsewhere(call, plan)
-    parts = map(_part, operands, plan.places)
-    local = Operands(*parts)
+    local = Operands(*_parts(operands, plan.places))
     shape = tuple(local.x.shape[plan.leading :])
     if spec.dropout_p > 0.0:
         local = local._replace(gate=_with_dropout(call, plan, local))
@@ -76,7 +77,9 @@ def run(call: Call, torchs: Choice | None, run_local: Run) -> tuple[Tensor, Tens
     local = local._replace(gate=gate, scale=scale, shift=shift)
     part = Call(op, local, spec._replace(normalized_shape=shape, dropout_p=0.0), want_h)
     z, h = run_local(part) if plan.split is None else _run_split(part, plan, plan.split)
-    return _whole(z, plan.of_x), operands.x if h is local.x else _whole(h, plan.of_x)
+    h = None if h is local.x else h
+    z, h = _wholes((z, h), (plan.of_x, plan.of_x))
+    return z, operands.x if h is None else h
 
 
 def run_gated(
@@ -88,10 +91,10 @@ def run_gated(
     """Run a gated norm with DTensors, each part of it by `run_local`; rows are not split."""
     _check(op, operands)
     plan = _plan_of(operands, spec)
-    if plan.mesh.get_coordinate() is None:
-        return _whole(_part(operands.x, plan.of_x).to(spec.out_dtype), plan.of_x)
-    local = GatedOperands(*map(_part, operands, plan.places))
-    return _whole(run_local(op, local, spec), plan.of_x)
+    local = GatedOperands(*_parts(operands, plan.places))
+    inside = plan.mesh.get_coordinate() is not None
+    z = run_local(op, local, spec) if inside else local.x.to(spec.out_dtype)
+    return _wholes((z,), (plan.of_x,))[0]  # type: ignore[no-any-return]
 
 
 def _check(op: str, operands: Operands | GatedOperands) -> None:
@@ -112,22 +115,30 @@ def _check(op: str, operands: Operands | GatedOperands) -> None:
 
 def _elsewhere(call: Call, plan: _Plan) -> tuple[Tensor, Tensor]:
     """Return what a device outside of the mesh has of z and h: nothing."""
-    nothing = _part(call.operands.x, plan.of_x)
-    h_dtype = call.spec.h_dtype
-    h = call.operands.x if h_dtype is None else _whole(nothing.to(h_dtype), plan.of_x)
-    return _whole(nothing.to(call.spec.out_dtype), plan.of_x), h
+    x, spec, place = call.operands.x, call.spec, plan.of_x
+    (nothing,) = _parts((x,), (place,))
+    z, h = _wholes(
+        (nothing.to(spec.out_dtype), nothing.to(spec.h_dtype or x.dtype)), (place, place)
+    )
+    return z, x if spec.h_dtype is None else h
 
 
 # Where the parts are
 
 
 class _Place(NamedTuple):
-    """Where a DTensor is. Partial is one that is replicated and whose gradient is partial."""
+    """Where a contiguous DTensor is.
+
+    Partial is one that is replicated and whose gradient is partial.
+    """
 
     mesh: DeviceMesh
     placements: Placements
     shape: torch.Size
     stride: tuple[int, ...]
+
+
+Places = tuple[_Place | None, ...]
 
 
 class _Plan(NamedTuple):
@@ -143,7 +154,7 @@ class _Plan(NamedTuple):
 
     mesh: DeviceMesh
     of_x: _Place
-    places: tuple[_Place | None, ...]
+    places: Places
     leading: int
     split: int | None
 
@@ -203,58 +214,92 @@ def _plan(
     return _Plan(mesh, of_x, tuple(places), leading, split)
 
 
-def _part(tensor: Any, place: _Place | None) -> Any:
-    """Return the part of a DTensor that is here."""
-    return None if place is None else _Part.apply(tensor, place)  # type: ignore[no-untyped-call]
+def _parts(tensors: Sequence[Any], places: Places) -> Any:
+    """Return the parts of DTensors that are here, once they are where they should be."""
+    if torch.is_grad_enabled():
+        return _Parts.apply(places, *tensors)  # type: ignore[no-untyped-call]
+    return tuple(map(_part, tensors, places))
 
 
-def _whole(local: Tensor, place: _Place) -> Tensor:
-    """Return the DTensor whose part here this is."""
-    return _Whole.apply(local, place)  # type: ignore[no-any-return, no-untyped-call]
+def _wholes(locals_: Sequence[Any], places: Places) -> Any:
+    """Return the DTensors whose parts here these are."""
+    if torch.is_grad_enabled():
+        return _Wholes.apply(places, *locals_)  # type: ignore[no-untyped-call]
+    return tuple(map(_whole, locals_, places))
 
 
-class _Part(torch.autograd.Function):
-    """The part of a DTensor that is here, once it is where it should be.
+def _part(tensor: DTensor | None, place: _Place | None) -> Tensor | None:
+    if tensor is None or place is None:
+        return None
+    placements = tuple(Replicate() if p.is_partial() else p for p in place.placements)
+    if tensor.placements != placements:
+        tensor = tensor.redistribute(placements=placements)
+    local = tensor.to_local()
+    return local.wait() if isinstance(local, AsyncCollectiveTensor) else local
 
-    Its gradient stays where the parts of it are: who reads it moves it, if need be. That of torch's
-    `to_local` after `redistribute` is moved back first.
+
+def _whole(local: Tensor | None, place: _Place | None) -> DTensor | None:
+    if local is None or place is None:
+        return None
+    local = local.contiguous()
+    if observers.operators_watched():
+        return _from_local(local, place)
+    spec = copy(_spec(place, local.dtype))
+    return DTensor(local.detach(), spec, requires_grad=False)  # type: ignore[call-arg]
+
+
+def _from_local(local: Tensor, place: _Place) -> DTensor:
+    mesh, placements, shape, stride = place
+    return DTensor.from_local(local, mesh, placements, run_check=False, shape=shape, stride=stride)
+
+
+@lru_cache(maxsize=1024)
+def _spec(place: _Place, dtype: torch.dtype) -> Any:
+    """Return what torch knows of a DTensor; to find it out takes longer than a small norm."""
+    return _from_local(torch.empty(0, dtype=dtype), place)._spec
+
+
+class _Parts(torch.autograd.Function):
+    """The parts of DTensors that are here.
+
+    Their gradients stay where the parts of them are: who reads one moves it, if need be. That of
+    torch's `to_local` after `redistribute` is moved back first.
     """
 
     @staticmethod
-    def forward(ctx: Any, tensor: DTensor, place: _Place) -> Tensor:
-        """Move the tensor and return the local one."""
-        ctx.place = place
+    def forward(ctx: Any, places: Places, *tensors: DTensor | None) -> Any:
+        """Move the tensors and return the local ones."""
+        ctx.places = places
         ctx.set_materialize_grads(False)
-        placements = tuple(Replicate() if p.is_partial() else p for p in place.placements)
-        if tensor.placements != placements:
-            tensor = tensor.redistribute(placements=placements)
-        local = tensor.to_local()
-        local = local.wait() if isinstance(local, AsyncCollectiveTensor) else local
-        return local.view_as(local)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor | None) -> Any:
-        """Return the gradient as the DTensor that its parts make."""
-        return None if gradient is None else _whole(gradient, ctx.place), None
-
-
-class _Whole(torch.autograd.Function):
-    """The DTensor that parts make; `_Part` is its pullback, and it is that of `_Part`."""
-
-    @staticmethod
-    def forward(ctx: Any, local: Tensor, place: _Place) -> DTensor:
-        """Return the DTensor."""
-        ctx.place = place
-        ctx.set_materialize_grads(False)
-        mesh, placements, shape, stride = place
-        return DTensor.from_local(
-            local, mesh, placements, run_check=False, shape=shape, stride=stride
+        # As fresh tensors, of which autograd takes possession.
+        parts = tuple(
+            part if part is None else part.view_as(part) for part in map(_part, tensors, places)
         )
+        needs = zip(parts, ctx.needs_input_grad[1:], strict=True)
+        constant = (part for part, need in needs if part is not None and not need)
+        ctx.mark_non_differentiable(*constant)
+        return parts
 
     @staticmethod
-    def backward(ctx: Any, gradient: DTensor | None) -> Any:
-        """Return the part of the gradient that is here."""
-        return None if gradient is None else _part(gradient, ctx.place), None
+    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
+        """Return the gradients as the DTensors that their parts make."""
+        return None, *_wholes(gradients, ctx.places)
+
+
+class _Wholes(torch.autograd.Function):
+    """The DTensors that parts make; `_Parts` is its pullback, and it is that of `_Parts`."""
+
+    @staticmethod
+    def forward(ctx: Any, places: Places, *locals_: Tensor | None) -> Any:
+        """Return the DTensors."""
+        ctx.places = places
+        ctx.set_materialize_grads(False)
+        return tuple(map(_whole, locals_, places))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: DTensor | None) -> Any:
+        """Return the parts of the gradients that are here."""
+        return None, *_parts(gradients, ctx.places)
 
 
 # Dropout
