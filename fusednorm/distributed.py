@@ -350,9 +350,14 @@ def _check_seed(call: Call, plan: _Plan, seed: Tensor) -> None:
 
 
 class _SplitRows(reference.Rows):
-    """Rows [.., n] of which every device has some columns, and their sums over all devices."""
+    """Rows [.., n] of which every device has some columns, and their sums over all devices.
 
-    def __init__(self, plan: _Plan, split: int) -> None:
+    The launchers normalise what this one has by itself; without them, and where a derivative is
+    recorded, plain torch does.
+    """
+
+    def __init__(self, plan: _Plan, split: int, launchers: Launchers | None) -> None:
+        self.launchers = launchers
         shape = plan.of_x.shape
         dim: Any = _dim(plan.of_x.placements[split])
         self.group = plan.mesh.get_group(split).group_name
@@ -388,35 +393,66 @@ class _SplitRows(reference.Rows):
     def normalize(
         self, h: Tensor, spec: Spec | GatedSpec, mean: Tensor | None, rstd: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Tensor]:
+        if rstd is None and self.launchers and h.numel() > 0 and not torch.is_grad_enabled():
+            return self._normalize_parts(self.launchers, h, spec)
         if spec.rms:
             if rstd is None:
-                (square,) = self.means(h.square())
-                rstd = (square + spec.eps).sqrt().reciprocal()
+                rstd = self._rstd_of_squares(h.square().sum(-1, keepdim=True), spec)
             return h * rstd, None, rstd
         if mean is None or rstd is None:
-            mean, variance = self._moments(h)
-            rstd = (variance + spec.eps).sqrt().reciprocal().to(h.dtype)
+            mean, rstd = self._merge(*self._moments(h), spec, h.dtype)
         nearest = mean.to(h.dtype)
-        return (h - nearest - (mean - nearest).to(h.dtype)) * rstd, mean, rstd
+        return (h - nearest).sub_((mean - nearest).to(h.dtype)).mul_(rstd), mean, rstd
+
+    def _normalize_parts(
+        self, launchers: Launchers, h: Tensor, spec: Spec | GatedSpec
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Normalise each part of a row by its own statistics, and then by those of the row."""
+        cols = h.shape[-1]
+        # Any eps serves: this one lets a part without variance stay finite.
+        own = Spec((cols,), torch.finfo(h.dtype).tiny, spec.rms, 0.0, h.dtype, None, None)
+        x_hat, _, *statistics = launchers.forward(*Operands(h), *own, True, False)
+        near, own_rstd = (
+            None if one is None else one.reshape(*h.shape[:-1], 1) for one in statistics
+        )
+        squares = cols / own_rstd.double().square()  # type: ignore[union-attr]
+        if near is None:
+            rstd = self._rstd_of_squares(squares.to(h.dtype), spec)
+            return x_hat.mul_(rstd / own_rstd), None, rstd
+        # The kernel rounds the mean that it returns, not the one that it subtracts.
+        own_mean = near.double() + (h - near).sum(-1, keepdim=True).double() / cols
+        mean, rstd = self._merge(own_mean, squares, spec, h.dtype)
+        shift = ((own_mean - mean) * rstd).to(h.dtype)
+        return x_hat.mul_(rstd / own_rstd).add_(shift), mean, rstd
+
+    def _rstd_of_squares(self, squares: Tensor, spec: Spec | GatedSpec) -> Tensor:
+        """Return rstd of RMS from what each device has of the sums of squares."""
+        return (self.sum(squares) / self.cols + spec.eps).sqrt().reciprocal()
 
     def _moments(self, h: Tensor) -> tuple[Tensor, Tensor]:
-        """Return mean and variance by Chan's formula, from two numbers a row of each device.
-
-        They are gathered: a sum of squares about no common centre would lose the digits that a
-        large mean takes. They are float64, as the difference of two means needs.
-        """
+        """Return mean and sum of squared deviations of what is here, as float64."""
         count = max(h.shape[-1], 1)
         shift = h.sum(-1, keepdim=True) / count
         centred = h - shift
         correction = centred.sum(-1, keepdim=True) / count
         squares = (centred - correction).square().sum(-1, keepdim=True)
-        pair = torch.stack([shift.double() + correction.double(), squares.double()])
-        means, squares = self.gather(pair).unbind(1)
-        counts = torch.tensor(self.counts, dtype=means.dtype, device=h.device)
-        counts = counts.reshape(-1, *(1,) * h.dim())
+        return shift.double() + correction.double(), squares.double()
+
+    def _merge(
+        self, mean: Tensor, squares: Tensor, spec: Spec | GatedSpec, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """Return mean and rstd by Chan's formula, from the two numbers a row of each device.
+
+        They are gathered: a sum of squares about no common centre would lose the digits that a
+        large mean takes. They are float64, as the difference of two means needs.
+        """
+        means, squares = self.gather(torch.stack([mean, squares])).unbind(1)
+        counts = torch.tensor(self.counts, dtype=means.dtype, device=means.device)
+        counts = counts.reshape(-1, *(1,) * mean.dim())
         mean = (counts * means).sum(0) / self.cols
         squares = squares + counts * (means - mean).square()
-        return mean, squares.sum(0) / self.cols
+        variance = squares.sum(0) / self.cols
+        return mean, (variance + spec.eps).sqrt().reciprocal().to(dtype)
 
 
 class _Sum(torch.autograd.Function):
@@ -450,9 +486,13 @@ class _Gather(torch.autograd.Function):
 
 
 def _run_split(call: Call, plan: _Plan, split: int) -> tuple[Tensor, Tensor]:
-    """Run the equation in plain torch on rows that are split."""
-    backends.note(call.op, "torch", "rows are split over devices")
-    rows = _SplitRows(plan, split)
+    """Run the equation in plain torch on rows that are split; kernels normalise the parts."""
+    backend, reason = backends.choose(call.operands.x, plain=False)
+    if observers.operators_watched():
+        backend = "torch"
+    backends.note(call.op, backend, f"{reason}; rows are split over devices")
+    launchers = None if backend == "torch" else backends.launchers(backend)
+    rows = _SplitRows(plan, split, launchers)
 
     def forward(*arguments: Any) -> Outputs:
         count = len(Operands._fields)
@@ -468,9 +508,9 @@ def _run_split(call: Call, plan: _Plan, split: int) -> tuple[Tensor, Tensor]:
             dz, dh, saved, call.spec, (numbers[0], numbers[1]), wanted, rows
         )
 
-    launchers = Launchers(forward, backward, differentiable=True)
+    around = Launchers(forward, backward, differentiable=True)
     result: Any = LayerNormFunction.apply(  # type: ignore[no-untyped-call]
-        call.spec, launchers, *call.operands
+        call.spec, around, *call.operands
     )
     z, h = result if isinstance(result, tuple) else (result, call.operands.x)
     return z, h
