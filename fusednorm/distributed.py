@@ -77,9 +77,8 @@ def run(call: Call, torchs: Choice | None, run_local: Run) -> tuple[Tensor, Tens
     local = local._replace(gate=gate, scale=scale, shift=shift)
     part = Call(op, local, spec._replace(normalized_shape=shape, dropout_p=0.0), want_h)
     z, h = run_local(part) if plan.split is None else _run_split(part, plan, plan.split)
-    h = None if h is local.x else h
-    z, h = _wholes((z, h), (plan.of_x, plan.of_x))
-    return z, operands.x if h is None else h
+    z, stored = _wholes((z, None if h is local.x else h), (plan.of_x, plan.of_x))
+    return z, operands.x if stored is None else stored
 
 
 def run_gated(
@@ -245,7 +244,7 @@ def _whole(local: Tensor | None, place: _Place | None) -> DTensor | None:
     if observers.operators_watched():
         return _from_local(local, place)
     spec = copy(_spec(place, local.dtype))
-    return DTensor(local.detach(), spec, requires_grad=False)  # type: ignore[call-arg]
+    return DTensor(local.detach(), spec, requires_grad=False)
 
 
 def _from_local(local: Tensor, place: _Place) -> DTensor:
@@ -411,15 +410,16 @@ class _SplitRows(reference.Rows):
         cols = h.shape[-1]
         # Any eps serves: this one lets a part without variance stay finite.
         own = Spec((cols,), torch.finfo(h.dtype).tiny, spec.rms, 0.0, h.dtype, None, None)
-        x_hat, _, *statistics = launchers.forward(*Operands(h), *own, True, False)
-        near, own_rstd = (
-            None if one is None else one.reshape(*h.shape[:-1], 1) for one in statistics
-        )
-        squares = cols / own_rstd.double().square()  # type: ignore[union-attr]
-        if near is None:
+        result: Any = launchers.forward(*Operands(h), *own, True, False)
+        x_hat, _, near, own_rstd = result
+        size = (*h.shape[:-1], 1)
+        own_rstd = own_rstd.reshape(size)
+        squares = cols / own_rstd.double().square()
+        if spec.rms:
             rstd = self._rstd_of_squares(squares.to(h.dtype), spec)
             return x_hat.mul_(rstd / own_rstd), None, rstd
         # The kernel rounds the mean that it returns, not the one that it subtracts.
+        near = near.reshape(size)
         own_mean = near.double() + (h - near).sum(-1, keepdim=True).double() / cols
         mean, rstd = self._merge(own_mean, squares, spec, h.dtype)
         shift = ((own_mean - mean) * rstd).to(h.dtype)
