@@ -624,9 +624,8 @@ def main_parallel(argv: Sequence[str], corpus: Corpus, args: argparse.Namespace)
 
     if "RANK" not in os.environ:
         return parallel_gpt.launch(__file__, argv, args.processes)
-    with parallel_gpt.joined(args.processes) as mesh:
-        code = train_in_processes(corpus, args, mesh)  # nothing of it outlives the connections
-    parallel_gpt.leave(code)
+    work = functools.partial(train_in_processes, corpus, args)
+    parallel_gpt.work_joined(args.processes, work)
 
 
 def train_in_processes(corpus: Corpus, args: argparse.Namespace, mesh: Any) -> int:

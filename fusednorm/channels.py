@@ -213,8 +213,11 @@ def run(op: str, operands: Operands, spec: Spec) -> Tensor:
     Torch's form of it is a norm and two copies, and nothing that a backend should leave alone.
     """
     x, *_ = tensors = operands.x, operands.weight, operands.bias
-    if observers.distributed(*tensors):  # by rows, in a permuted copy
-        return moved_back(route.run(Call(op, _as_rows(operands), spec, want_h=False))[0])
+    if observers.distributed(*tensors):
+        from fusednorm import distributed  # which imports much of torch.distributed
+
+        call = Call(op, _as_rows(operands), spec, want_h=False)
+        return moved_back(distributed.run(call, None, _run_part)[0])
     choice = backends.choose(x, plain=False)
     if backends.channel_launchers(choice.backend, x.shape[1]) is None:
         choice = choice._replace(reason=f"{choice.reason}; positions are rows, in a permuted copy")
@@ -234,6 +237,13 @@ def run(op: str, operands: Operands, spec: Spec) -> Tensor:
 
 def _as_rows(operands: Operands) -> Operands:
     return operands._replace(x=moved(operands.x))
+
+
+def _run_part(call: Call) -> tuple[Tensor, Tensor]:
+    """Run a norm of rows that are channels of positions; return z and x."""
+    x = call.operands.x
+    z = run(call.op, call.operands._replace(x=x.movedim(-1, 1)), call.spec)
+    return moved(z), x
 
 
 def _fwd_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -15,13 +15,15 @@ the whole row: each device sends two numbers a row, and in a backward two again.
 operand that is replicated beside sharded rows is a partial sum, which whoever reads it adds up.
 
 These are no rules of `register_sharding`: such a rule says where the tensors go, and can neither
-number the rows that dropout draws for nor communicate in the middle of an operator; and what torch
-remembers of it is found again by the tensors alone, whatever the `normalized_shape`.
+number the rows that dropout draws for nor communicate in the middle of an operator. Nor has it a
+place for the statistics, [M], of rows that are sharded on any dimension but the first, or unevenly.
+A graph has the operators on the parts; torch refuses one that is given a DTensor.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from copy import copy
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -65,8 +67,7 @@ def run(call: Call, torchs: Choice | None, run_local: Run) -> tuple[Tensor, Tens
         return reference.around_torch(operands, spec)
     if plan.mesh.get_coordinate() is None:
         return _elsewhere(call, plan)
-    parts = map(_part, operands, plan.places)
-    local = Operands(*parts)
+    local = Operands(*_parts(operands, plan.places))
     shape = tuple(local.x.shape[plan.leading :])
     if spec.dropout_p > 0.0:
         local = local._replace(gate=_with_dropout(call, plan, local))
@@ -76,7 +77,8 @@ def run(call: Call, torchs: Choice | None, run_local: Run) -> tuple[Tensor, Tens
     local = local._replace(gate=gate, scale=scale, shift=shift)
     part = Call(op, local, spec._replace(normalized_shape=shape, dropout_p=0.0), want_h)
     z, h = run_local(part) if plan.split is None else _run_split(part, plan, plan.split)
-    return _whole(z, plan.of_x), operands.x if h is local.x else _whole(h, plan.of_x)
+    z, stored = _wholes((z, None if h is local.x else h), (plan.of_x, plan.of_x))
+    return z, operands.x if stored is None else stored
 
 
 def run_gated(
@@ -88,10 +90,10 @@ def run_gated(
     """Run a gated norm with DTensors, each part of it by `run_local`; rows are not split."""
     _check(op, operands)
     plan = _plan_of(operands, spec)
-    if plan.mesh.get_coordinate() is None:
-        return _whole(_part(operands.x, plan.of_x).to(spec.out_dtype), plan.of_x)
-    local = GatedOperands(*map(_part, operands, plan.places))
-    return _whole(run_local(op, local, spec), plan.of_x)
+    local = GatedOperands(*_parts(operands, plan.places))
+    inside = plan.mesh.get_coordinate() is not None
+    z = run_local(op, local, spec) if inside else local.x.to(spec.out_dtype)
+    return _wholes((z,), (plan.of_x,))[0]  # type: ignore[no-any-return]
 
 
 def _check(op: str, operands: Operands | GatedOperands) -> None:
@@ -112,22 +114,30 @@ def _check(op: str, operands: Operands | GatedOperands) -> None:
 
 def _elsewhere(call: Call, plan: _Plan) -> tuple[Tensor, Tensor]:
     """Return what a device outside of the mesh has of z and h: nothing."""
-    nothing = _part(call.operands.x, plan.of_x)
-    h_dtype = call.spec.h_dtype
-    h = call.operands.x if h_dtype is None else _whole(nothing.to(h_dtype), plan.of_x)
-    return _whole(nothing.to(call.spec.out_dtype), plan.of_x), h
+    x, spec, place = call.operands.x, call.spec, plan.of_x
+    (nothing,) = _parts((x,), (place,))
+    z, h = _wholes(
+        (nothing.to(spec.out_dtype), nothing.to(spec.h_dtype or x.dtype)), (place, place)
+    )
+    return z, x if spec.h_dtype is None else h
 
 
 # Where the parts are
 
 
 class _Place(NamedTuple):
-    """Where a DTensor is. Partial is one that is replicated and whose gradient is partial."""
+    """Where a contiguous DTensor is.
+
+    Partial is one that is replicated and whose gradient is partial.
+    """
 
     mesh: DeviceMesh
     placements: Placements
     shape: torch.Size
     stride: tuple[int, ...]
+
+
+Places = tuple[_Place | None, ...]
 
 
 class _Plan(NamedTuple):
@@ -143,7 +153,7 @@ class _Plan(NamedTuple):
 
     mesh: DeviceMesh
     of_x: _Place
-    places: tuple[_Place | None, ...]
+    places: Places
     leading: int
     split: int | None
 
@@ -203,58 +213,92 @@ def _plan(
     return _Plan(mesh, of_x, tuple(places), leading, split)
 
 
-def _part(tensor: Any, place: _Place | None) -> Any:
-    """Return the part of a DTensor that is here."""
-    return None if place is None else _Part.apply(tensor, place)  # type: ignore[no-untyped-call]
+def _parts(tensors: Sequence[Any], places: Places) -> Any:
+    """Return the parts of DTensors that are here, once they are where they should be."""
+    if torch.is_grad_enabled():
+        return _Parts.apply(places, *tensors)  # type: ignore[no-untyped-call]
+    return tuple(map(_part, tensors, places))
 
 
-def _whole(local: Tensor, place: _Place) -> Tensor:
-    """Return the DTensor whose part here this is."""
-    return _Whole.apply(local, place)  # type: ignore[no-any-return, no-untyped-call]
+def _wholes(locals_: Sequence[Any], places: Places) -> Any:
+    """Return the DTensors whose parts here these are."""
+    if torch.is_grad_enabled():
+        return _Wholes.apply(places, *locals_)  # type: ignore[no-untyped-call]
+    return tuple(map(_whole, locals_, places))
 
 
-class _Part(torch.autograd.Function):
-    """The part of a DTensor that is here, once it is where it should be.
+def _part(tensor: DTensor | None, place: _Place | None) -> Tensor | None:
+    if tensor is None or place is None:
+        return None
+    placements = tuple(Replicate() if p.is_partial() else p for p in place.placements)
+    if tensor.placements != placements:
+        tensor = tensor.redistribute(placements=placements)
+    local = tensor.to_local()
+    return local.wait() if isinstance(local, AsyncCollectiveTensor) else local
 
-    Its gradient stays where the parts of it are: who reads it moves it, if need be. That of torch's
-    `to_local` after `redistribute` is moved back first.
+
+def _whole(local: Tensor | None, place: _Place | None) -> DTensor | None:
+    if local is None or place is None:
+        return None
+    local = local.contiguous()
+    if observers.operators_watched():
+        return _from_local(local, place)
+    spec = copy(_spec(place, local.dtype))
+    return DTensor(local.detach(), spec, requires_grad=False)
+
+
+def _from_local(local: Tensor, place: _Place) -> DTensor:
+    mesh, placements, shape, stride = place
+    return DTensor.from_local(local, mesh, placements, run_check=False, shape=shape, stride=stride)
+
+
+@lru_cache(maxsize=1024)
+def _spec(place: _Place, dtype: torch.dtype) -> Any:
+    """Return what torch knows of a DTensor; to find it out takes longer than a small norm."""
+    return _from_local(torch.empty(0, dtype=dtype), place)._spec
+
+
+class _Parts(torch.autograd.Function):
+    """The parts of DTensors that are here.
+
+    Their gradients stay where the parts of them are: who reads one moves it, if need be. That of
+    torch's `to_local` after `redistribute` is moved back first.
     """
 
     @staticmethod
-    def forward(ctx: Any, tensor: DTensor, place: _Place) -> Tensor:
-        """Move the tensor and return the local one."""
-        ctx.place = place
+    def forward(ctx: Any, places: Places, *tensors: DTensor | None) -> Any:
+        """Move the tensors and return the local ones."""
+        ctx.places = places
         ctx.set_materialize_grads(False)
-        placements = tuple(Replicate() if p.is_partial() else p for p in place.placements)
-        if tensor.placements != placements:
-            tensor = tensor.redistribute(placements=placements)
-        local = tensor.to_local()
-        local = local.wait() if isinstance(local, AsyncCollectiveTensor) else local
-        return local.view_as(local)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor | None) -> Any:
-        """Return the gradient as the DTensor that its parts make."""
-        return None if gradient is None else _whole(gradient, ctx.place), None
-
-
-class _Whole(torch.autograd.Function):
-    """The DTensor that parts make; `_Part` is its pullback, and it is that of `_Part`."""
-
-    @staticmethod
-    def forward(ctx: Any, local: Tensor, place: _Place) -> DTensor:
-        """Return the DTensor."""
-        ctx.place = place
-        ctx.set_materialize_grads(False)
-        mesh, placements, shape, stride = place
-        return DTensor.from_local(
-            local, mesh, placements, run_check=False, shape=shape, stride=stride
+        # As fresh tensors, of which autograd takes possession.
+        parts = tuple(
+            part if part is None else part.view_as(part) for part in map(_part, tensors, places)
         )
+        needs = zip(parts, ctx.needs_input_grad[1:], strict=True)
+        constant = (part for part, need in needs if part is not None and not need)
+        ctx.mark_non_differentiable(*constant)
+        return parts
 
     @staticmethod
-    def backward(ctx: Any, gradient: DTensor | None) -> Any:
-        """Return the part of the gradient that is here."""
-        return None if gradient is None else _part(gradient, ctx.place), None
+    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
+        """Return the gradients as the DTensors that their parts make."""
+        return None, *_wholes(gradients, ctx.places)
+
+
+class _Wholes(torch.autograd.Function):
+    """The DTensors that parts make; `_Parts` is its pullback, and it is that of `_Parts`."""
+
+    @staticmethod
+    def forward(ctx: Any, places: Places, *locals_: Tensor | None) -> Any:
+        """Return the DTensors."""
+        ctx.places = places
+        ctx.set_materialize_grads(False)
+        return tuple(map(_whole, locals_, places))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: DTensor | None) -> Any:
+        """Return the parts of the gradients that are here."""
+        return None, *_parts(gradients, ctx.places)
 
 
 # Dropout
@@ -305,9 +349,14 @@ def _check_seed(call: Call, plan: _Plan, seed: Tensor) -> None:
 
 
 class _SplitRows(reference.Rows):
-    """Rows [.., n] of which every device has some columns, and their sums over all devices."""
+    """Rows [.., n] of which every device has some columns, and their sums over all devices.
 
-    def __init__(self, plan: _Plan, split: int) -> None:
+    The launchers normalise what this one has by itself; without them, and where a derivative is
+    recorded, plain torch does.
+    """
+
+    def __init__(self, plan: _Plan, split: int, launchers: Launchers | None) -> None:
+        self.launchers = launchers
         shape = plan.of_x.shape
         dim: Any = _dim(plan.of_x.placements[split])
         self.group = plan.mesh.get_group(split).group_name
@@ -343,35 +392,67 @@ class _SplitRows(reference.Rows):
     def normalize(
         self, h: Tensor, spec: Spec | GatedSpec, mean: Tensor | None, rstd: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Tensor]:
+        if rstd is None and self.launchers and h.numel() > 0 and not torch.is_grad_enabled():
+            return self._normalize_parts(self.launchers, h, spec)
         if spec.rms:
             if rstd is None:
-                (square,) = self.means(h.square())
-                rstd = (square + spec.eps).sqrt().reciprocal()
+                rstd = self._rstd_of_squares(h.square().sum(-1, keepdim=True), spec)
             return h * rstd, None, rstd
         if mean is None or rstd is None:
-            mean, variance = self._moments(h)
-            rstd = (variance + spec.eps).sqrt().reciprocal().to(h.dtype)
+            mean, rstd = self._merge(*self._moments(h), spec, h.dtype)
         nearest = mean.to(h.dtype)
-        return (h - nearest - (mean - nearest).to(h.dtype)) * rstd, mean, rstd
+        return (h - nearest).sub_((mean - nearest).to(h.dtype)).mul_(rstd), mean, rstd
+
+    def _normalize_parts(
+        self, launchers: Launchers, h: Tensor, spec: Spec | GatedSpec
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Normalise each part of a row by its own statistics, and then by those of the row."""
+        cols = h.shape[-1]
+        # Any eps serves: this one lets a part without variance stay finite.
+        own = Spec((cols,), torch.finfo(h.dtype).tiny, spec.rms, 0.0, h.dtype, None, None)
+        result: Any = launchers.forward(*Operands(h), *own, True, False)
+        x_hat, _, near, own_rstd = result
+        size = (*h.shape[:-1], 1)
+        own_rstd = own_rstd.reshape(size)
+        squares = cols / own_rstd.double().square()
+        if spec.rms:
+            rstd = self._rstd_of_squares(squares.to(h.dtype), spec)
+            return x_hat.mul_(rstd / own_rstd), None, rstd
+        # The kernel rounds the mean that it returns, not the one that it subtracts.
+        near = near.reshape(size)
+        own_mean = near.double() + (h - near).sum(-1, keepdim=True).double() / cols
+        mean, rstd = self._merge(own_mean, squares, spec, h.dtype)
+        shift = ((own_mean - mean) * rstd).to(h.dtype)
+        return x_hat.mul_(rstd / own_rstd).add_(shift), mean, rstd
+
+    def _rstd_of_squares(self, squares: Tensor, spec: Spec | GatedSpec) -> Tensor:
+        """Return rstd of RMS from what each device has of the sums of squares."""
+        return (self.sum(squares) / self.cols + spec.eps).sqrt().reciprocal()
 
     def _moments(self, h: Tensor) -> tuple[Tensor, Tensor]:
-        """Return mean and variance by Chan's formula, from two numbers a row of each device.
-
-        They are gathered: a sum of squares about no common centre would lose the digits that a
-        large mean takes. They are float64, as the difference of two means needs.
-        """
+        """Return mean and sum of squared deviations of what is here, as float64."""
         count = max(h.shape[-1], 1)
         shift = h.sum(-1, keepdim=True) / count
         centred = h - shift
         correction = centred.sum(-1, keepdim=True) / count
         squares = (centred - correction).square().sum(-1, keepdim=True)
-        pair = torch.stack([shift.double() + correction.double(), squares.double()])
-        means, squares = self.gather(pair).unbind(1)
-        counts = torch.tensor(self.counts, dtype=means.dtype, device=h.device)
-        counts = counts.reshape(-1, *(1,) * h.dim())
+        return shift.double() + correction.double(), squares.double()
+
+    def _merge(
+        self, mean: Tensor, squares: Tensor, spec: Spec | GatedSpec, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """Return mean and rstd by Chan's formula, from the two numbers a row of each device.
+
+        They are gathered: a sum of squares about no common centre would lose the digits that a
+        large mean takes. They are float64, as the difference of two means needs.
+        """
+        means, squares = self.gather(torch.stack([mean, squares])).unbind(1)
+        counts = torch.tensor(self.counts, dtype=means.dtype, device=means.device)
+        counts = counts.reshape(-1, *(1,) * mean.dim())
         mean = (counts * means).sum(0) / self.cols
         squares = squares + counts * (means - mean).square()
-        return mean, squares.sum(0) / self.cols
+        variance = squares.sum(0) / self.cols
+        return mean, (variance + spec.eps).sqrt().reciprocal().to(dtype)
 
 
 class _Sum(torch.autograd.Function):
@@ -405,9 +486,13 @@ class _Gather(torch.autograd.Function):
 
 
 def _run_split(call: Call, plan: _Plan, split: int) -> tuple[Tensor, Tensor]:
-    """Run the equation in plain torch on rows that are split."""
-    backends.note(call.op, "torch", "rows are split over devices")
-    rows = _SplitRows(plan, split)
+    """Run the equation in plain torch on rows that are split; kernels normalise the parts."""
+    backend, reason = backends.choose(call.operands.x, plain=False)
+    if observers.operators_watched():
+        backend = "torch"
+    backends.note(call.op, backend, f"{reason}; rows are split over devices")
+    launchers = None if backend == "torch" else backends.launchers(backend)
+    rows = _SplitRows(plan, split, launchers)
 
     def forward(*arguments: Any) -> Outputs:
         count = len(Operands._fields)
@@ -423,9 +508,9 @@ def _run_split(call: Call, plan: _Plan, split: int) -> tuple[Tensor, Tensor]:
             dz, dh, saved, call.spec, (numbers[0], numbers[1]), wanted, rows
         )
 
-    launchers = Launchers(forward, backward, differentiable=True)
+    around = Launchers(forward, backward, differentiable=True)
     result: Any = LayerNormFunction.apply(  # type: ignore[no-untyped-call]
-        call.spec, launchers, *call.operands
+        call.spec, around, *call.operands
     )
     z, h = result if isinstance(result, tuple) else (result, call.operands.x)
     return z, h

@@ -27,6 +27,7 @@ from torch.distributed.fsdp import (
     MixedPrecisionPolicy,
     fully_shard,
 )
+from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 from torch.distributed.tensor import (
     DTensor,
     Partial,
@@ -36,6 +37,8 @@ from torch.distributed.tensor import (
     distribute_module,
     distribute_tensor,
 )
+from torch.distributed.tensor.experimental import context_parallel
+from torch.distributed.tensor.experimental._attention import context_parallel_unshard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     PrepareModuleInput,
@@ -44,9 +47,11 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 from torch.nn.parallel import DistributedDataParallel
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusednorm
+from fusednorm import ops
 
 Norm = Callable[..., Any]
 
@@ -85,6 +90,18 @@ class Collectives(TorchDispatchMode):
             self.ran[name.partition(".")[0]] += 1
             self.bytes[name.partition(".")[0]] += result.numel() * result.element_size()
         return result
+
+
+def communicated(function: Callable[[], Any]) -> Counter[str]:
+    """Return the collectives of a function by name, compiled or not, which no mode may see."""
+    with profile(activities=[ProfilerActivity.CPU]) as ran:
+        function()
+    names = (event.name.split("::") for event in ran.events())
+    return Counter(
+        name[1].strip("_")
+        for name in names
+        if name[0] in ("c10d", "_c10d_functional") and name[1] != "wait_tensor"
+    )
 
 
 def placed(text: str) -> list[Placement]:
@@ -151,6 +168,27 @@ def modulated_layer_norm(x: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tenso
     return (fusednorm.modulated_layer_norm(x, N, shift, scale),)
 
 
+def modulated_rms_norm(x: Tensor, weight: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
+    """AdaLN of an RMS norm, without a shift."""
+    return (fusednorm.modulated_rms_norm(x, N, None, scale, weight),)
+
+
+def layer_norm2d(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+    """Norm of the channels, which lie apart."""
+    z = fusednorm.layer_norm2d(x.movedim(-1, 1).contiguous(), weight, bias)
+    return (z.movedim(1, -1),)
+
+
+def rms_norm2d(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    """RMS norm of the channels, which lie apart."""
+    return (fusednorm.rms_norm2d(x.movedim(-1, 1).contiguous(), weight).movedim(1, -1),)
+
+
+def gated_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> Any:
+    """Norm of groups, before the gate, which is where the residual of others is."""
+    return (fusednorm.gated_layer_norm(x, residual, N, weight, bias, group_size=3),)
+
+
 def gated_rms_norm(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
     """Norm of a product, whose factor is where the residual of others is."""
     return (fusednorm.gated_rms_norm(x, residual, N, weight, norm_before_gate=False),)
@@ -180,7 +218,11 @@ FUNCTIONS: dict[str, tuple[Norm, str]] = {
     "add_layer_norm": (add_layer_norm, "x residual weight bias"),
     "add_rms_norm": (add_rms_norm, "x residual weight gate"),
     "every_term": (every_term, "x residual weight bias number scale shift"),
+    "gated_layer_norm": (gated_layer_norm, "x residual weight bias"),
     "gated_rms_norm": (gated_rms_norm, "x residual weight"),
+    "layer_norm2d": (layer_norm2d, "x weight bias"),
+    "modulated_rms_norm": (modulated_rms_norm, "x weight scale"),
+    "rms_norm2d": (rms_norm2d, "x weight"),
     "modulated_layer_norm": (modulated_layer_norm, "x scale shift"),
 }
 TORCHS: dict[str, Norm] = {
@@ -256,8 +298,9 @@ def rule(
     for key, grad in ours.gradients.items():
         row = key in ("x", "residual")
         _compare(key, grad.full_tensor(), whole.gradients[key], tolerance, exact and row)
+    whole_rows = "2" not in places["z"]  # others are normalised by no operator
     for seen, unseen in zip(ours.outputs, function(*sharded.values()), strict=True):
-        assert torch.equal(seen.to_local(), unseen.to_local()), "with nobody looking"
+        _compare("nobody looks", unseen.to_local(), seen.to_local(), tolerance, whole_rows)
     ran = [ours]
     if name in TORCHS:
         with contextlib.suppress(RuntimeError):  # torch 2.10 has no rule for a sharded weight
@@ -350,6 +393,7 @@ def split_plain(mesh_name: str, rms: bool, mean: float) -> list[tuple[Any, Any]]
     ):
         error = (got.full_tensor() - want).abs().max() / want.abs().max()
         assert error < 16 * torch.finfo(torch.float32).eps, error
+    _check_kernels(lambda x, *rest: ours(x, shape, *rest), [*sharded.values()])
     if not rms:  # torch's own fails
         replicated = {
             key: value if key == "x" else spread(operands[key], mesh, placed("R"))
@@ -357,6 +401,25 @@ def split_plain(mesh_name: str, rms: bool, mean: float) -> list[tuple[Any, Any]]
         }
         ran.append(Ran(lambda x, *rest: F.layer_norm(x, shape, *rest), replicated))
     return [(one.forward, one.backward) for one in ran]
+
+
+def _check_kernels(function: Norm, operands: list[Tensor]) -> None:
+    """Check that the kernels, which run where nobody looks, communicate what plain torch does."""
+
+    def step() -> None:
+        z = function(*operands)
+        torch.autograd.grad(z, operands, z.detach())
+
+    with fusednorm.backends.explain() as calls:
+        ran = communicated(step)
+    with fusednorm.backends.use("torch"):
+        assert ran == communicated(step)
+    assert [call.backend for call in calls] == [kernels()]
+
+
+def kernels() -> str:
+    """Return what runs where torch would need several operators."""
+    return "cpu" if "cpu" in fusednorm.backends.available() else "torch"
 
 
 def second_derivatives(mesh_name: str, places: dict[str, str], rms: bool) -> None:
@@ -452,7 +515,9 @@ def bad_inputs() -> dict[str, str]:
     ours = spread(x, mesh, row)
     elsewhere = spread(x, other, row)
     add = fusednorm.add_layer_norm
+    terms, options = (None,) * 7, ((N,), 1e-5, False, 0.0, torch.float32, None, None)
     return {
+        "operator": message(lambda: ops.layer_norm_fwd(ours, *terms, *options)),
         "plain residual": message(lambda: add(ours, x, N)),
         "plain input": message(lambda: fusednorm.layer_norm(x, N, weight)),
         "plain scale": message(lambda: add(ours, ours, N, scale=torch.ones(4, 1, N))),
@@ -518,8 +583,7 @@ def waiting(before: str, after: str) -> None:
     )
     with torch.no_grad(), fusednorm.backends.explain() as ran:
         z, h = fusednorm.add_layer_norm(late, late, N)
-    backend = "cpu" if "cpu" in fusednorm.backends.available() else "torch"
-    assert [call.backend for call in ran] == [backend]
+    assert [call.backend for call in ran] == [kernels()]
     want = fusednorm.add_layer_norm(x, x, N)
     assert torch.equal(z.full_tensor(), want[0])
     assert torch.equal(h.full_tensor(), want[1])
@@ -621,6 +685,67 @@ def plan_and_fsdp(rms: bool) -> None:
         torch.testing.assert_close(full(ours.grad), theirs.grad)
 
 
+class Stage(nn.Module):
+    """Half of a pre-norm model, which takes and passes on a branch and the stream."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = fusednorm.AddLayerNorm(WIDTH, prenorm=True)
+        self.branch = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor, stream: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the next branch, and the stream with the last one."""
+        z, h = self.norm(x, stream)
+        return self.branch(z), h
+
+
+def pipeline() -> None:
+    """Compare two stages on two ranks, which a branch and the stream cross, with the whole."""
+    stages = Stage(), Stage()
+    whole = copy.deepcopy(stages)
+    x, stream, target = torch.randn(3, 4, 3, WIDTH)
+
+    def loss(output: tuple[Tensor, Tensor], target: Tensor) -> Tensor:
+        return (sum(output) - target).square().mean()
+
+    want = loss(whole[1](*whole[0](x, stream)), target)
+    want.backward()
+    mesh = mesh_of("2")
+    own = mesh.get_local_rank()
+    stage = PipelineStage(stages[own], own, 2, torch.device("cpu"), group=mesh.get_group())
+    schedule = ScheduleGPipe(stage, n_microbatches=2, loss_fn=loss)
+    losses: list[Tensor] = []
+    if own == 0:
+        schedule.step(x, stream)
+    else:
+        schedule.step(target=target, losses=losses)
+        torch.testing.assert_close(torch.stack(losses).mean(), want)
+    for ours, theirs in zip(stages[own].parameters(), whole[own].parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+def context() -> None:
+    """Compare a model within context parallel, whose ranks have parts of a sequence, with itself.
+
+    Its attention has no kernel for the CPU: here is none.
+    """
+    mesh, model = mesh_of("2"), Stage()
+    x, stream, cotangent = torch.randn(3, 2, 8, WIDTH)
+    want = model(x, stream)
+    (sum(want) * cotangent).sum().backward()
+    gradients = [parameter.grad for parameter in model.parameters()]
+    model.zero_grad()
+    with context_parallel(mesh, buffers=[x, stream, cotangent], buffer_seq_dims=[1, 1, 1]):
+        assert x.shape[1] == 4
+        own = model(x, stream)
+        (sum(own) * cotangent).sum().backward()
+        wholes = context_parallel_unshard(mesh, [part.detach() for part in own], [1, 1])
+    torch.testing.assert_close(tuple(wholes), want)
+    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+        dist.all_reduce(parameter.grad, group=mesh.get_group())
+        torch.testing.assert_close(parameter.grad, gradient)
+
+
 def adaptive() -> None:
     """Compare AdaLayerNorm on a sharded sequence, and on sharded samples, with the whole."""
     mesh = mesh_of("2")
@@ -646,18 +771,26 @@ def adaptive() -> None:
 # Wrappers -----------------------------------------------------------------------------------------
 
 
+class Block(nn.Module):
+    """A norm and a linear layer; of torch's Sequential nothing would be compiled."""
+
+    def __init__(self, device: str | None) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH, device=device)
+        self.linear = nn.Linear(WIDTH, WIDTH, device=device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return what is added to the stream."""
+        return self.linear(self.norm(x))  # type: ignore[no-any-return]
+
+
 class Tiny(nn.Module):
     """Two blocks with torch's norms, which may be swapped."""
 
     def __init__(self, device: str | None = None) -> None:
         super().__init__()
         torch.manual_seed(3)
-        self.blocks = nn.ModuleList(
-            nn.Sequential(
-                nn.LayerNorm(WIDTH, device=device), nn.Linear(WIDTH, WIDTH, device=device)
-            )
-            for _ in range(2)
-        )
+        self.blocks = nn.ModuleList(Block(device) for _ in range(2))
         self.norm = nn.RMSNorm(WIDTH, device=device)
         self.unused = nn.LayerNorm(WIDTH, device=device)
 
@@ -771,12 +904,12 @@ def compiled(name: str, places: dict[str, str], dropout_p: float) -> tuple[Any, 
 
     The outcome also says whether it computes what it does uncompiled.
     """
+    mesh = mesh_of("2")
     if dist.get_rank() > 1:  # the other pair would do the same
         return None, None, True
     from torch._dynamo.backends.common import aot_autograd
 
     torch._dynamo.reset()
-    mesh = mesh_of("2")
     function, names = FUNCTIONS[name]
     if dropout_p:
 
@@ -809,3 +942,41 @@ def compiled(name: str, places: dict[str, str], dropout_p: float) -> tuple[Any, 
         torch.testing.assert_close(full(ours), full(want))
     assert len(graphs) == 2, graphs
     return graphs[0], graphs[1], True
+
+
+def compiled_model(way: str) -> list[Counter[str]]:
+    """Train a compiled model once; return what that communicated, with torch's norms and ours."""
+    mesh = mesh_of("2")
+    if dist.get_rank() > 1:  # the other pair would do the same
+        return []
+    x, stream = torch.randn(2, 4, 4, WIDTH)
+    ran, ends = [], []
+    for ours in (False, True):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        if way == "tp":
+            model: Any = tensor_parallel(Tower(rms=False, fused=ours), mesh)
+            compiled: Any = torch.compile(model, fullgraph=True)
+            arguments: Any = x, stream
+        else:
+            model = compiled = Tiny()
+            if ours:
+                fusednorm.replace_norms(model)
+            for block in model.blocks:
+                block.compile(fullgraph=True)
+            for part in (*model.blocks, model):
+                fully_shard(part, mesh=mesh)
+            arguments = (x,)
+
+        def step(compiled: Any = compiled, arguments: Any = arguments) -> None:
+            full(compiled(*arguments)).sin().sum().backward()
+
+        step()  # compiles
+        model.zero_grad()
+        ran.append(communicated(step))
+        assert not torch._dynamo.utils.counters["graph_break"]
+        ends.append(
+            {name: full(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+        )
+    torch.testing.assert_close(*ends)
+    return ran

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import importlib
 import multiprocessing
 import os
@@ -38,11 +39,14 @@ def _serve(rank: int, ranks: int, folder: str, cases: str, pipe: Connection) -> 
             name, arguments = pipe.recv()
         except EOFError:
             break
+        # Whoever is still at it then says where, before the parent ends it.
+        faulthandler.dump_traceback_later(SECONDS - 5)
         try:
             torch.manual_seed(0)
             pipe.send((True, getattr(module, name)(*arguments)))
         except BaseException:
             pipe.send((False, traceback.format_exc()))
+        faulthandler.cancel_dump_traceback_later()
     dist.destroy_process_group()
 
 

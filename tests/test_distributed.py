@@ -33,7 +33,19 @@ def ranks(started: list[Processes]) -> Processes:
 
 # Rows ---------------------------------------------------------------------------------------------
 
-SHARDED = ["layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm", "every_term"]
+FUNCTIONS = [
+    "layer_norm",
+    "rms_norm",
+    "add_layer_norm",
+    "add_rms_norm",
+    "every_term",
+    "modulated_layer_norm",
+    "modulated_rms_norm",
+    "gated_layer_norm",
+    "gated_rms_norm",
+    "layer_norm2d",
+    "rms_norm2d",
+]
 # The mesh, the batch and the placement of x and residual; 3 samples leave ranks a shorter or no
 # part.
 BY_ROWS = [("2", (4, 5), "0"), ("4", (3, 5), "0"), ("4", (2, 6), "1"), ("2x2", (3, 4), "0 1")]
@@ -41,7 +53,7 @@ BY_ROWS = [("2", (4, 5), "0"), ("4", (3, 5), "0"), ("4", (2, 6), "1"), ("2x2", (
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("mesh", "batch", "place"), BY_ROWS)
-@pytest.mark.parametrize("name", [*SHARDED, "modulated_layer_norm", "gated_rms_norm"])
+@pytest.mark.parametrize("name", FUNCTIONS)
 def test_sharded_rows(
     ranks: Processes, name: str, mesh: str, batch: tuple[int, ...], place: str, dtype: torch.dtype
 ) -> None:
@@ -65,7 +77,12 @@ OTHERWISE: list[tuple[str, dict[str, str]]] = [
     ("every_term", {"x": "1", "residual": "1", "scale": "0", "number": "0", "z": "1"}),
     ("every_term", {"x": "2", "residual": "2", "z": "2"}),
     ("modulated_layer_norm", {"x": "0", "scale": "2", "z": "0"}),
+    ("modulated_rms_norm", {"x": "1", "scale": "0", "z": "1"}),
+    ("gated_layer_norm", {"x": "0", "residual": "1", "weight": "0", "z": "0"}),
     ("gated_rms_norm", {"x": "2", "residual": "2", "z": "R"}),
+    ("layer_norm2d", {"x": "1", "weight": "0", "z": "1"}),
+    ("layer_norm2d", {"x": "2", "z": "2"}),
+    ("rms_norm2d", {"x": "P", "z": "R"}),
 ]
 
 
@@ -181,6 +198,7 @@ def test_dropout_without_a_shared_generator(ranks: Processes) -> None:
 def test_bad_inputs(ranks: Processes) -> None:
     """Every rank names the argument and the placement."""
     for got in ranks.run("bad_inputs"):
+        assert "layer_norm_fwd.default does not have a sharding strategy" in got["operator"]
         assert got["plain residual"] == (
             "TypeError: add_layer_norm: expected residual to be a DTensor, as another argument "
             "is, with (Shard(dim=0),), got a plain Tensor"
@@ -247,6 +265,12 @@ def test_parallel_plan_within_fsdp(ranks: Processes, rms: bool) -> None:
     ranks.run("plan_and_fsdp", rms)
 
 
+@pytest.mark.parametrize("way", ["pipeline", "context"])
+def test_plain_parts(ranks: Processes, way: str) -> None:
+    """Pipelines and context parallel give a norm plain tensors."""
+    ranks.run(way)
+
+
 def test_adaptive_norm_in_a_plan(ranks: Processes) -> None:
     """So does a norm with a condition."""
     ranks.run("adaptive")
@@ -306,3 +330,12 @@ def test_compiled(
     """One graph each way, with the collectives of eager."""
     *first, _, _ = ranks.run("compiled", name, places, dropout_p)
     assert first == [(*collectives, True)] * 2
+
+
+@pytest.mark.parametrize("way", ["fsdp", "tp"])
+def test_compiled_models(ranks: Processes, way: str) -> None:
+    """Whole graphs by inductor, of each block of FSDP2, with the collectives of torch's norms."""
+    *ran, _, _ = ranks.run("compiled_model", way)
+    for torchs, ours in ran:
+        assert sum(ours.values()) > 0
+        assert ours == torchs

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import os
 import re
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from helpers import BACKENDS
 from fusednorm import backends
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
+WATCHED = Path(__file__).parent / "watched"
 TINY_MODEL = "--layers 1 --heads 2 --width 32 --batch-size 2"
 TINY = f"{TINY_MODEL} --steps 6 --context 16 --sample-chars 20"
 
@@ -35,8 +37,23 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GP
 
 def run_example(folder: Path, name: str, options: str) -> subprocess.CompletedProcess[str]:
     """Run an example in a process of its own, from `folder`."""
-    command = [sys.executable, str(EXAMPLES / name), *options.split()]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+    return run_watched([str(EXAMPLES / name), *options.split()], folder)
+
+
+def run_watched(
+    arguments: list[str], folder: Path, seconds: float = 240
+) -> subprocess.CompletedProcess[str]:
+    """Run Python; it, and each process that it starts, is to end in time, or says where it is."""
+    path = os.pathsep.join(filter(None, (str(WATCHED), os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, "PYTHONPATH": path, "END_AFTER_SECONDS": str(seconds)}
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=seconds + 60,
+    )
 
 
 def load_example(name: str) -> ModuleType:
@@ -106,6 +123,20 @@ def test_train_gpt_curves_agree(tmp_path: Path, options: str, tolerance: float) 
         numbers = re.search(rf"^{measure} +([\d.,]+)%? +([\d.,]+)%?$", done.stdout, re.M)
         assert numbers is not None, f"{measure} is missing in\n{done.stdout}"
         assert all(float(number.replace(",", "")) > 0 for number in numbers.groups())
+
+
+def test_a_process_that_hangs_says_where(tmp_path: Path) -> None:
+    """Its children, which may have sessions of their own, do so too."""
+    (tmp_path / "child.py").write_text("import time\ntime.sleep(60)\n")
+    (tmp_path / "parent.py").write_text(
+        "import subprocess, sys\n"
+        "subprocess.run([sys.executable, 'child.py'], start_new_session=True)\n"
+        "sys.exit(1)\n"
+    )
+    done = run_watched(["parent.py"], tmp_path, seconds=4)
+    assert done.returncode == 1
+    assert 'child.py", line 2' in done.stderr
+    assert 'parent.py", line 2' in done.stderr
 
 
 @pytest.mark.parametrize("way", ["fsdp", "tp", "ddp"])
