@@ -27,14 +27,16 @@ void launch(BackwardCall<cuda::Backward, Layout>& backward, PyObject* h, void* s
   cuda::Backward& p = backward.p;
   const Term dweight = backward.dweight(), dbias = backward.dbias();
   const Term& either = dweight.data ? dweight : dbias;
-  if (either.data == nullptr) return check(cuda::layer_norm_bwd(p, stream));
+  cuda::Shares shares;
+  check(cuda::share_out(p, either.data != nullptr, shares));
+  if (either.data == nullptr) return check(cuda::layer_norm_bwd(p, shares, stream));
 
-  check(cuda::count_partial_rows(p.rows, p.cols, p.h.dtype, cuda::has_stream(p), p.partial_rows));
+  p.partial_rows = shares.clusters;
   const Ref shape(Py_BuildValue("LiL", static_cast<long long>(p.partial_rows), 2,
                                 static_cast<long long>(p.cols)));
   const Ref partials = new_empty(h, shape, DType::f32);
   p.partials = static_cast<float*>(address(partials.get()));
-  check(cuda::layer_norm_bwd(p, stream));
+  check(cuda::layer_norm_bwd(p, shares, stream));
   const cuda::Finalize finalize{p.partials,
                                 p.partial_rows,
                                 p.cols,
@@ -55,9 +57,9 @@ PyObject* backward(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
 
 PyObject* widest(PyObject*, PyObject*) {
   return call([&] {
-    int64_t forward = 0, backward = 0;
-    check(cuda::widest_rows(forward, backward));
-    return PyLong_FromLongLong(std::min(forward, backward));
+    int64_t cols = 0;
+    check(cuda::widest_row(cols));
+    return PyLong_FromLongLong(cols);
   });
 }
 

@@ -68,7 +68,7 @@ def resources(source: Path, arch: str) -> list[Resources]:
         ["c++filt"], input=done.stderr, capture_output=True, text=True, check=True
     ).stdout
     pattern = (
-        r"Compiling entry function 'void .*?(\w+_kernel)<(.*)>\(.*?\n.*?\n"
+        r"Compiling entry function '.*?(\w+_kernel)(?:<(.*)>)?\(.*?\n.*?\n"
         r"\s*(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads\n"
         r".*?Used (\d+) registers"
     )
@@ -93,21 +93,27 @@ def tiers(direction: str) -> list[tuple[int, int]]:
     return [(int(a), int(b)) for a, b in re.findall(r"{(\d+), (\d+)}", table[1])]
 
 
+def first_shared(direction: str) -> int:
+    """Return the first tier whose rows the blocks of a cluster share."""
+    policy = (ROOT / "csrc" / "cuda" / "policy.h").read_text()
+    found = re.search(rf"first_shared_{direction} = (\d+)", policy)
+    assert found is not None
+    return int(found[1])
+
+
 def shared_memory(kernel: str, arguments: str, arch: str) -> int | None:
     """Return the bytes that a launch asks for on an A100 or H200; None where there is none."""
     host = ctypes.CDLL(str(cuda._C.__file__))
     host.simt_device(132, *((164, False) if arch == "80" else (228, True)))
-    if kernel == "layer_norm_bwd_finalize_kernel":
-        direction, tier, dtype, stream, split = "backward", 0, DTYPES[arguments], False, False
-    else:
-        direction = "forward" if kernel == "layer_norm_fwd_kernel" else "backward"
-        number, rows, _, *flags = arguments.split(", ")
-        tier, dtype = int(number), DTYPES[rows]
-        stream, split = (flag == "true" for flag in flags)
+    finalizes = kernel == "layer_norm_bwd_finalize_kernel"
+    direction = "forward" if kernel == "layer_norm_fwd_kernel" else "backward"
+    number, rows, *flags = ["0", "float"] if finalizes else arguments.split(", ")
+    tier, dtype, stream = int(number), DTYPES[rows], flags == ["true"]
     threads, elements = tiers(direction)[tier]
-    cols = threads * elements * (2 if split else 1)
-    if cols > cuda._C.cuda_widest_rows():
+    split = tier >= first_shared(direction)
+    if split and arch == "80":
         return None
+    cols = min(threads * elements * (2 if split else 1), cuda._C.cuda_widest_rows())
     x = torch.zeros(1, cols, dtype=dtype)
     shape, row = x.shape[1:], torch.zeros(1)
     if direction == "forward":
@@ -115,8 +121,8 @@ def shared_memory(kernel: str, arguments: str, arch: str) -> int | None:
         options = (1e-5, False, 0.0, dtype, dtype if stream else None, None, True, True)
         cuda.layer_norm_fwd(*terms, shape, *options)
     else:
-        weight = x[0] if kernel == "layer_norm_bwd_finalize_kernel" else None
-        tensors = (x, x if stream else None, None, x, row, row, None, weight, *(None,) * 4)
+        weight = x[0] if finalizes else None
+        tensors = (x, None, None, x, row, row, None, weight, *(None,) * 4)
         mask = (True, False, False, weight is not None, False, False, False)
         cuda.layer_norm_bwd(*tensors, shape, 0.0, dtype, dtype, None, mask)
     return int(host.simt_shared_bytes())

@@ -22,12 +22,13 @@ pytestmark = pytest.mark.skipif(
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("direction", SOURCES)
 def test_no_kernel_spills(direction: str, arch: str) -> None:
-    """Every tier, five pairs of dtypes, with a residual stream and without, split and whole."""
+    """Every tier and dtype: of the forward with and without a stream; and the finalize kernel."""
     kernels = resources(SOURCES[direction], arch)
-    split = {"forward": 1, "backward": 2}[direction]  # tiers that clusters may share
-    whole = len(tiers(direction)) - (split - 1)
-    finalize = {"forward": 0, "backward": 3}[direction]
-    assert len(kernels) == (whole + split) * 5 * 2 + finalize
+    expected = {
+        "forward": 3 * 2 * len(tiers("forward")),
+        "backward": 3 * len(tiers("backward")) + 1,
+    }
+    assert len(kernels) == expected[direction]
     assert [kernel for kernel in kernels if kernel.stack or kernel.spills] == []
 
 
@@ -55,3 +56,14 @@ def test_clusters_are_in_the_code_and_on_the_device(
     processors.choose(device, code)
     processors.have_clusters.restype = ctypes.c_bool
     assert processors.have_clusters() is expected
+
+
+def test_cuda_is_asked_how_many_clusters_run_at_a_time(processors: ctypes.CDLL) -> None:
+    """Once for each kind of launch, after the kernel may have the shared memory it asks for."""
+    processors.choose(9, 90)
+    assert processors.resident(4, 100_000) == 1004
+    assert processors.resident(8, 1000) == 1008
+    assert processors.resident(1, 1000) == 3 * 132
+    questions = processors.questions()
+    assert processors.resident(4, 100_000) == 1004
+    assert processors.questions() == questions == 3

@@ -7,6 +7,10 @@ namespace {
 
 struct ForwardParameter : Forward {
   bool vectors;
+  int width;  // columns of a block
+  float inverse_cols;
+  float epsilon;
+  Parameter scaled, shifted;
 };
 
 // Where the columns of a block lie: their mean is start + mean, the squares of their distances from
@@ -19,7 +23,7 @@ struct Moments {
 // *Updating formulae and a pairwise algorithm for computing sample variances*, 1979), in one
 // exchange. Distances are taken from the start of the first block, so that a large mean cancels
 // before anything is rounded.
-DEVICE Moments merge(const Moments& own, int64_t cols, float* slots) {
+DEVICE Moments merge(const Moments& own, const ForwardParameter& p, float* slots) {
   const int blocks = cluster_size();
   if (thread_index() == 0) {
     shared_store(slots + 0, own.start);
@@ -30,14 +34,14 @@ DEVICE Moments merge(const Moments& own, int64_t cols, float* slots) {
   const float start = peer_load(slots, 0);
   float sum = 0.0f;
   for (int rank = 0; rank < blocks; ++rank) {
-    const Span span = span_of(cols, rank, blocks, false);
+    const Span span = span_of(int(p.cols), rank, p.width);
     const float distance = peer_load(slots, rank) - start + peer_load(slots + 1, rank);
     sum = multiply_add(float(span.end - span.begin), distance, sum);
   }
-  const float mean = sum / float(cols);
+  const float mean = divide(sum, float(p.cols), p.inverse_cols);
   float m2 = 0.0f;
   for (int rank = 0; rank < blocks; ++rank) {
-    const Span span = span_of(cols, rank, blocks, false);
+    const Span span = span_of(int(p.cols), rank, p.width);
     const float distance = peer_load(slots, rank) - start + peer_load(slots + 1, rank) - mean;
     m2 +=
         multiply_add(float(span.end - span.begin) * distance, distance, peer_load(slots + 2, rank));
@@ -45,146 +49,150 @@ DEVICE Moments merge(const Moments& own, int64_t cols, float* slots) {
   return {start, mean, m2};
 }
 
-// T: rows, W: weight and bias. STREAM: h is not x, but formed of x, residual and dropout. SPLIT:
-// the blocks of a cluster share a row.
-template <int TIER, class T, class W, bool STREAM, bool SPLIT>
-KERNEL(forward_tiers[TIER].block(), forward_blocks(forward_tiers[TIER], sizeof(T)))
-layer_norm_fwd_kernel(PARAMETER(ForwardParameter) p) {
-  if constexpr (SPLIT && !can_split) return;
+// Forms h of a chunk of x, residual and dropout. `stored` is null where it is not to be stored.
+template <class T, bool VECTORS>
+DEVICE void form_h(const ForwardParameter& p, int64_t row, int col, int left, const T* residual,
+                   T* stored, float (&h)[chunk<T>]) {
+  if (p.dropout.seed && left > 0) {
+    float keep[chunk<T>];
+    keep_factors(p.dropout, row, col, keep);
+#pragma unroll
+    for (int i = 0; i < chunk<T>; ++i) h[i] *= keep[i];
+  }
+  if (p.residual.data) {
+    float added[chunk<T>];
+    to_floats<T>(load_chunk<T, VECTORS>(residual, left), added);
+#pragma unroll
+    for (int i = 0; i < chunk<T>; ++i) h[i] += added[i];
+  }
+  const Words rounded = from_floats<T>(h);
+  if (p.h.data && stored) store_chunk<T, VECTORS>(stored, left, rounded);
+  to_floats<T>(rounded, h);  // the statistics are those of the h that the next layer sees
+}
+
+template <int TIER, class T, bool STREAM, bool VECTORS>
+DEVICE void normalise(const ForwardParameter& p) {
   constexpr Tier tier = forward_tiers[TIER];
-  constexpr int groups = tier.groups(), chunks = tier.elements / chunk;
-  // Short rows: several for each group, so that a thread has 32 elements in flight.
-  constexpr int rows_at_once = tier.threads <= 32 ? 32 / tier.elements : 1;
-  constexpr int warps = Group<tier.threads>::warps;
-  const Group<tier.threads> group;
-  const int blocks = SPLIT ? cluster_size() : 1;
-  const Span span = span_of(p.cols, SPLIT ? rank_in_cluster() : 0, blocks, p.vectors);
-  const int64_t first = (block_index() / blocks * groups + group.index()) * rows_at_once;
+  constexpr int size = chunk<T>, chunks = tier.elements / size, rows = rows_at_once(tier);
+  // What the mean's own rounding leaves of 16 bits is below theirs.
+  constexpr bool corrects = sizeof(T) == 4;
+  constexpr int terms = corrects ? 2 : 1;
+  constexpr bool split = TIER >= first_shared_forward;
+  const int rank = split ? rank_in_cluster() : 0;
+  const Span span = split ? span_of(int(p.cols), rank, p.width) : Span{0, int(p.cols)};
+  const Group<tier.threads, certain(forward_tiers, TIER), T> group{span};
+  const int64_t block = split ? cluster_index() : block_index();
+  const int64_t first = (block * tier.groups() + group.index()) * rows;
+  const int64_t ahead = tier.groups() * rows > 1 ? p.rows - first : 1;
+  const int present = int(ahead < rows ? ahead : rows);
   float* slots = shared<float>(0);
   int phase = 0;
 
-  // A group beyond the last row reads nothing, computes with zeros and writes nothing.
-  Chunk<T> h[rows_at_once][chunks];
+  // A group beyond the last row computes that one again and writes nothing.
+  float h[rows][chunks][size] = {};
+  int64_t row = first + (present < 1 ? present - 1 : 0);
 #pragma unroll
-  for (int r = 0; r < rows_at_once; ++r) {
-    const Span present = first + r < p.rows ? span : Span{0, 0, p.vectors};
+  for (int r = 0; r < rows; ++r) {
+    if (r > 0 && r < present) ++row;
+    const T* x = settled(row_of<T>(p.x, row) + group.col(0));
 #pragma unroll
-    for (int k = 0; k < chunks; ++k)
-      h[r][k] = load_chunk<T, true>(row_of<T>(p.x, first + r), group.col(span, k), present);
+    for (int k = 0; k < chunks && !group.ends_before(k); ++k)
+      to_floats<T>(load_chunk<T, VECTORS>(x + k * group.step(), group.left(k)), h[r][k]);
     if constexpr (STREAM) {
+      const T* residual = settled(row_of<T>(p.residual, row) + group.col(0));
+      T* const stored = settled(row_of<T>(p.h, row) + group.col(0));
 #pragma unroll
-      for (int k = 0; k < chunks; ++k) {
-        const int col = group.col(span, k);
-        float value[chunk];
-        to_floats(h[r][k], value);
-        if (p.dropout.seed && col < present.end) {
-          float keep[chunk];
-          keep_factors(p.dropout, first + r, col, keep);
-#pragma unroll
-          for (int i = 0; i < chunk; ++i) value[i] *= keep[i];
-        }
-        if (p.residual.data) {
-          float residual[chunk];
-          to_floats(load_chunk<T, true>(row_of<T>(p.residual, first + r), col, present), residual);
-#pragma unroll
-          for (int i = 0; i < chunk; ++i) value[i] += residual[i];
-        }
-        // Rounded as it is stored: the statistics are those of the h that the next layer sees.
-        h[r][k] = from_floats<T>(value);
-        if (p.h.data) store_chunk(row_of<T>(p.h, first + r), col, present, h[r][k]);
-      }
+      for (int k = 0; k < chunks && !group.ends_before(k); ++k)
+        form_h<T, VECTORS>(p, row, group.col(k), group.left(k), residual + k * group.step(),
+                           r < present ? stored + k * group.step() : nullptr, h[r][k]);
     }
   }
 
   const float count = float(span.end - span.begin);
-  float start[rows_at_once] = {};
+  const float inverse = split ? reciprocal(count) : p.inverse_cols;
+  float start[rows] = {};
   if (!p.rms) {
 #pragma unroll
-    for (int r = 0; r < rows_at_once; ++r) {
+    for (int r = 0; r < rows; ++r) {
 #pragma unroll
-      for (int k = 0; k < chunks; ++k) {
-        float value[chunk];
-        to_floats(h[r][k], value);
+      for (int k = 0; k < chunks && !group.ends_before(k); ++k) {
 #pragma unroll
-        for (int i = 0; i < chunk; ++i) start[r] += value[i];
+        for (const float value : h[r][k]) start[r] += value;
       }
     }
     add_up<tier.threads, false>(start, slots, phase);
 #pragma unroll
-    for (float& value : start) value = span.end > span.begin ? value / count : 0.0f;
+    for (float& value : start) value = divide(value, count, inverse);
   }
-  // Of the distances from `start`: the sums are what rounding left in it, the squares the variance.
-  float sums[2 * rows_at_once] = {};
+  // Of the distances from `start`: the squares are the variance, the sums what rounding left in it.
+  float sums[terms * rows] = {};
 #pragma unroll
-  for (int r = 0; r < rows_at_once; ++r) {
+  for (int r = 0; r < rows; ++r) {
 #pragma unroll
-    for (int k = 0; k < chunks; ++k) {
-      const int left = span.end - group.col(span, k);
-      float value[chunk];
-      forget(h[r][k]);
-      to_floats(h[r][k], value);
+    for (int k = 0; k < chunks && !group.ends_before(k); ++k) {
+      const float from = !VECTORS || group.left(k) > 0 ? start[r] : 0.0f;
 #pragma unroll
-      for (int i = 0; i < chunk; ++i) {
-        const float distance = i < left ? value[i] - start[r] : 0.0f;
-        sums[2 * r] += distance;
-        sums[2 * r + 1] = multiply_add(distance, distance, sums[2 * r + 1]);
+      for (int i = 0; i < size; ++i) {
+        const float distance = VECTORS || i < group.left(k) ? h[r][k][i] - from : 0.0f;
+        sums[terms * r] = multiply_add(distance, distance, sums[terms * r]);
+        if constexpr (corrects) sums[terms * r + 1] += distance;
       }
     }
   }
   add_up<tier.threads, false>(sums, slots, phase);
 
-  float rstd[rows_at_once], offset[rows_at_once];
+  float rstd[rows], offset[rows] = {};
 #pragma unroll
-  for (int r = 0; r < rows_at_once; ++r) {
-    Moments moments{start[r], 0.0f, sums[2 * r + 1]};
-    if (!p.rms && span.end > span.begin) {
-      moments.mean = sums[2 * r] / count;
-      moments.m2 = multiply_add(-sums[2 * r], moments.mean, moments.m2);
+  for (int r = 0; r < rows; ++r) {
+    Moments moments{start[r], 0.0f, sums[terms * r]};
+    if (corrects && !p.rms) {
+      const float residue = sums[terms * r + terms - 1];
+      moments.mean = residue * inverse;
+      moments.m2 = multiply_add(-residue, moments.mean, moments.m2);
     }
-    if constexpr (SPLIT) moments = merge(moments, p.cols, slots + 4 * warps);
+    if constexpr (split) moments = merge(moments, p, slots + 2 * terms * tier.warps());
     start[r] = moments.start;
-    rstd[r] = inverse_sqrt(moments.m2 / float(p.cols) + float(p.eps));
-    offset[r] = -moments.mean * rstd[r];
-    if (group.lane() == 0 && first + r < p.rows && (!SPLIT || rank_in_cluster() == 0)) {
+    rstd[r] = inverse_sqrt(multiply_add(moments.m2, p.inverse_cols, p.epsilon));
+    if (corrects || split) offset[r] = -moments.mean * rstd[r];
+    if (group.lane() == 0 && r < present && rank == 0) {
       if (p.mean) store(static_cast<float*>(p.mean) + first + r, moments.start + moments.mean);
       if (p.rstd) store(static_cast<float*>(p.rstd) + first + r, rstd[r]);
     }
   }
 
+  T* z[rows];
 #pragma unroll
-  for (int k = 0; k < chunks; ++k) {
-    const int col = group.col(span, k);
-    float weight[chunk], bias[chunk];
-    load_parameter<W>(p.weight, col, span, 1.0f, weight);
-    load_parameter<W>(p.bias, col, span, 0.0f, bias);
+  for (int r = 0; r < rows; ++r) z[r] = settled(row_of<T>(p.z, first + r) + group.col(0));
 #pragma unroll
-    for (int r = 0; r < rows_at_once; ++r) {
-      if (first + r >= p.rows) continue;
-      float value[chunk];
-      forget(h[r][k]);
-      to_floats(h[r][k], value);
+  for (int k = 0; k < chunks && !group.ends_before(k); ++k) {
+    float weight[size], bias[size];
+    load_parameter<T, VECTORS>(p.scaled, group.col(k), group.left(k), 1.0f, weight);
+    load_parameter<T, VECTORS>(p.shifted, group.col(k), group.left(k), 0.0f, bias);
 #pragma unroll
-      for (int i = 0; i < chunk; ++i) {
-        const float x_hat = multiply_add(value[i] - start[r], rstd[r], offset[r]);
+    for (int r = 0; r < rows; ++r) {
+      float value[size];
+#pragma unroll
+      for (int i = 0; i < size; ++i) {
+        const float x_hat = multiply_add(h[r][k][i] - start[r], rstd[r], offset[r]);
         value[i] = multiply_add(x_hat, weight[i], bias[i]);
       }
-      store_chunk(row_of<T>(p.z, first + r), col, span, from_floats<T>(value));
+      store_chunk<T, VECTORS>(z[r] + k * group.step(), r < present ? group.left(k) : 0,
+                              from_floats<T>(value));
     }
   }
-  if constexpr (SPLIT) sync_cluster();  // no block ends while another reads its shared memory
+  if constexpr (split) sync_cluster();  // no block ends while another reads its shared memory
 }
 
-template <int TIER, class T, class W, bool STREAM>
-const char* launch_tier(const ForwardParameter& p, int cluster, void* stream) {
-  constexpr Tier tier = forward_tiers[TIER];
-  constexpr int rows_at_once = tier.threads <= 32 ? 32 / tier.elements : 1;
-  const int64_t groups = divide_up(p.rows, rows_at_once);
-  Launch how{divide_up(groups, tier.groups()) * cluster, tier.block()};
-  how.shared_bytes = (4 * Group<tier.threads>::warps + 3) * sizeof(float);
-  how.cluster = cluster;
-  if constexpr (TIER == first_shared_forward)
-    if (cluster > 1) return launch(layer_norm_fwd_kernel<TIER, T, W, STREAM, true>, p, how, stream);
-  return launch(layer_norm_fwd_kernel<TIER, T, W, STREAM, false>, p, how, stream);
+// T: rows. STREAM: h is not x, but formed of x, residual and dropout. A block has as many threads
+// as its part of a row needs.
+template <int TIER, class T, bool STREAM>
+KERNEL(forward_tiers[TIER].most_threads(), forward_blocks(forward_tiers[TIER], sizeof(T), STREAM))
+layer_norm_fwd_kernel(PARAMETER(ForwardParameter) p) {
+  if constexpr (TIER >= first_shared_forward && !can_split) return;
+  if (p.vectors)
+    normalise<TIER, T, STREAM, true>(p);
+  else
+    normalise<TIER, T, STREAM, false>(p);
 }
 
 }  // namespace
@@ -194,15 +202,27 @@ const char* layer_norm_fwd(const Forward& problem, void* stream) {
   if (const char* error = processors(device)) return error;
   const Shape shape = forward_shape(problem.cols, device.have_clusters);
   if (shape.tier < 0) return too_long;
-  const ForwardParameter p{
-      problem, have_vectors(problem, {problem.x, problem.residual, problem.h, problem.z})};
-  return with_types(p.x.dtype, parameter_dtype(p, p.x.dtype), [&](auto t, auto w) {
+  ForwardParameter p{problem,
+                     have_vectors(problem, {problem.x, problem.residual, problem.h, problem.z}),
+                     0,
+                     1.0f / float(problem.cols),
+                     float(problem.eps),
+                     {problem.weight, problem.x.dtype},
+                     {problem.bias, problem.x.dtype}};
+  const Tier tier = forward_tiers[shape.tier];
+  Launch how;
+  how.cluster = shape.cluster;
+  how.blocks = divide_up(p.rows, rows_at_once(tier) * tier.groups()) * shape.cluster;
+  how.shared_bytes = (4 * tier.warps() + 3) * sizeof(float);
+  return with_type(p.x.dtype, [&](auto t) {
     using T = decltype(t);
-    using W = decltype(w);
-    return with_tier<count_of_forward_tiers>(shape.tier, [&](auto tier) {
-      constexpr int index = decltype(tier)::value;
-      return p.h_dtype == DType::none ? launch_tier<index, T, W, false>(p, shape.cluster, stream)
-                                      : launch_tier<index, T, W, true>(p, shape.cluster, stream);
+    p.width = width_of<T>(p.cols, shape.cluster);
+    how.threads = tier.block(p.width);
+    return with_tier<count_of_forward_tiers>(shape.tier, [&](auto index) {
+      constexpr int tier = decltype(index)::value;
+      return p.h_dtype == DType::none
+                 ? launch(layer_norm_fwd_kernel<tier, T, false>, p, how, stream)
+                 : launch(layer_norm_fwd_kernel<tier, T, true>, p, how, stream);
     });
   });
 }

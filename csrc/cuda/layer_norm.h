@@ -12,13 +12,13 @@
 
 namespace fusednorm::cuda {
 
-// How many columns the forward and the backward can normalise together on the device in use.
-const char* widest_rows(int64_t& forward, int64_t& backward);
+// How many columns can be normalised together on the device in use.
+const char* widest_row(int64_t& cols);
 
 const char* layer_norm_fwd(const Forward& p, void* stream);
 
 struct Backward : fusednorm::Backward {
-  // [partial_rows, 2, N]: the sums of dz * x_hat and of dz over the rows of a group; null where
+  // [partial_rows, 2, N]: the sums of dz * x_hat and of dz over the rows of a cluster; null where
   // neither is wanted.
   float* partials = nullptr;
   int64_t partial_rows = 0;
@@ -29,11 +29,20 @@ inline bool has_stream(const fusednorm::Backward& p) {
   return p.dh.data || p.dresidual.data || p.dropout.seed;
 }
 
-// The partial rows that layer_norm_bwd writes for such a problem on the device in use.
-const char* count_partial_rows(int64_t rows, int64_t cols, DType dtype, bool with_stream,
-                               int64_t& count);
+// How a backward is shared out on the device in use.
+struct Shares {
+  int64_t clusters = 0;  // and partial rows
+  int cluster = 1;       // its blocks; they share a row or add up their sums
+  int threads = 0;       // of a block
+  int rows_of_a_group = 0;
+  int tier = 0;
+  int streams = 2;
+  int stages = 0;
+  int shared_bytes = 0;
+};
 
-const char* layer_norm_bwd(const Backward& p, void* stream);
+const char* share_out(const Backward& p, bool wants_sums, Shares& found);
+const char* layer_norm_bwd(const Backward& p, const Shares& shares, void* stream);
 
 // dweight and dbias are the sums of the partial rows; null where not wanted.
 struct Finalize {

@@ -4,7 +4,7 @@
 
 #include <cstdlib>
 
-static int major_of_device = 0, ptx_of_code = 0;
+static int major_of_device = 0, ptx_of_code = 0, allowed_bytes = 48 << 10, asked = 0;
 
 extern "C" {
 
@@ -24,6 +24,27 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* found, const void*) {
   *found = {};
   found->ptxVersion = ptx_of_code;
+  return cudaSuccess;
+}
+int questions() { return asked; }
+
+cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute attribute, int value) {
+  if (attribute == cudaFuncAttributeMaxDynamicSharedMemorySize) allowed_bytes = value;
+  return cudaSuccess;
+}
+// 1000 and the blocks of a cluster: what was asked about can be read from the answer.
+cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, const void*,
+                                           const cudaLaunchConfig_t* config) {
+  ++asked;
+  if (int(config->dynamicSmemBytes) > allowed_bytes || config->numAttrs != 1 ||
+      config->attrs[0].id != cudaLaunchAttributeClusterDimension)
+    return cudaErrorInvalidValue;
+  *clusters = 1000 + int(config->attrs[0].val.clusterDim.x);
+  return cudaSuccess;
+}
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void*, int, size_t) {
+  ++asked;
+  *blocks = 3;
   return cudaSuccess;
 }
 const char* cudaGetErrorString(cudaError_t) { return ""; }

@@ -65,6 +65,7 @@ struct Place {
 extern const Place* here;  // of the thread that runs
 extern Launch running;
 
+int resident_clusters(const Launch& how);
 const char* run(const std::vector<Buffer>& buffers, const Launch& how,
                 const std::function<void()>& thread);
 Processors device();
@@ -80,7 +81,7 @@ char* shared_memory();
 void check_shared_load(const char* what, const void* from, int bytes);
 void check_shared_store(const void* to, int bytes);
 const void* peer(const void* mine, int bytes, int rank);
-void copy_async(void* to, const void* from);
+void copy_async(void* to, const void* from, bool present);
 void commit_copies();
 void wait_for_copies(int groups);
 void wait_for_previous_kernel();
@@ -146,14 +147,26 @@ DEVICE uint32_t pack(float low, float high) {
   return simt::narrow<T>(low) | uint32_t(simt::narrow<T>(high)) << 16;
 }
 
-DEVICE void forget(uint32_t& word) {}
-DEVICE void in_order() {}
+template <class V>
+DEVICE V* settled(V* pointer) {
+  return pointer;
+}
 DEVICE float multiply_add(float a, float b, float c) { return std::fma(a, b, c); }
-DEVICE float inverse_sqrt(float value) { return 1.0f / std::sqrt(value); }
+// A number next to the exact one, as of a GPU, and always the larger.
+namespace simt {
+inline float above(double exact) {
+  const float nearest = float(exact);
+  return nearest < exact ? std::nextafter(nearest, INFINITY) : nearest;
+}
+}  // namespace simt
+DEVICE float reciprocal(float value) { return simt::above(1.0 / value); }
+DEVICE float inverse_sqrt(float value) { return simt::above(1.0 / std::sqrt(double(value))); }
 
 DEVICE int thread_index() { return simt::here->thread; }
+DEVICE int block_threads() { return simt::running.threads; }
 DEVICE int64_t block_index() { return simt::here->block; }
 DEVICE int cluster_size() { return simt::running.cluster; }
+DEVICE int64_t cluster_index() { return simt::here->block / simt::running.cluster; }
 DEVICE int rank_in_cluster() { return simt::here->rank; }
 
 DEVICE float shuffle_xor(float value, int mask) { return simt::shuffle_xor(value, mask); }
@@ -197,7 +210,9 @@ DEVICE float peer_load(const float* mine, int rank) {
   return simt::read<float>(simt::peer(mine, sizeof(float), rank));
 }
 
-DEVICE void copy_async(Words* to, const Words* from) { simt::copy_async(to, from); }
+DEVICE void copy_async(Words* to, const Words* from, bool present) {
+  simt::copy_async(to, from, present);
+}
 DEVICE void commit_copies() { simt::commit_copies(); }
 template <int K>
 DEVICE void wait_for_copies() {
@@ -211,6 +226,12 @@ using Stream = const void*;
 
 inline const char* processors(Processors& found) {
   found = simt::device();
+  return nullptr;
+}
+
+template <class P>
+const char* resident_clusters(void (*kernel)(P), const Launch& how, int& found) {
+  found = simt::resident_clusters(how);
   return nullptr;
 }
 

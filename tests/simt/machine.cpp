@@ -65,6 +65,7 @@ constexpr char at_shuffle[] = "shuffle_xor", at_block[] = "sync_block",
                at_cluster[] = "sync_cluster";
 
 Processors device_in_use = {3, 228 << 10, true};
+std::vector<int> processor_groups = {3};  // a cluster runs within one
 
 Time now = 0, cluster_start, cluster_time;
 int at_cluster_barrier;
@@ -436,9 +437,13 @@ const void* peer(const void* mine, int bytes, int rank) {
   return memory[rank] + offset_of(mine);
 }
 
-void copy_async(void* to, const void* from) {
+void copy_async(void* to, const void* from, bool present) {
+  static const Words zeros = {};
   constexpr int bytes = sizeof(Words);
-  check_load("copy_async", from, bytes);
+  if (present)
+    check_load("copy_async", from, bytes);
+  else
+    from = &zeros;
   note_write("copy_async", cells_of("copy_async", to, bytes), bytes, on_its_way);
   current().copies.push_back({to, from, current().groups});
 }
@@ -462,6 +467,15 @@ void wait_for_copies(int groups) {
 // Launches.
 
 Processors device() { return device_in_use; }
+
+int resident_clusters(const Launch& how) {
+  const int by_registers = 65536 / 128 / how.threads;  // what the backward may have
+  const int by_memory = device_in_use.shared_bytes / (how.shared_bytes + 1024);
+  const int blocks = std::max(1, std::min(by_registers, by_memory));
+  int clusters = 0;
+  for (const int processors : processor_groups) clusters += processors * blocks / how.cluster;
+  return std::max(1, clusters);  // one runs on the smallest device, too
+}
 
 const char* run(const std::vector<Buffer>& buffers, const Launch& how,
                 const std::function<void()>& thread) {
@@ -492,6 +506,14 @@ const char* run(const std::vector<Buffer>& buffers, const Launch& how,
 // 8.9 have 100 KB, and so has 12.0 with clusters.
 extern "C" void simt_device(int count, int shared_kilobytes, bool have_clusters) {
   device_in_use = {count, shared_kilobytes << 10, have_clusters};
+  processor_groups = {count};
+}
+
+// Puts the processors of the device into groups of 16 and of 18, as those of 9.0 are.
+extern "C" void simt_groups(int of_16, int of_18) {
+  device_in_use.count = of_16 * 16 + of_18 * 18;
+  processor_groups.assign(of_16, 16);
+  processor_groups.insert(processor_groups.end(), of_18, 18);
 }
 
 }  // namespace fusednorm::cuda::simt

@@ -252,12 +252,12 @@ PLANTED(write_over_half_a_word) {
 // Copies 4 floats in each thread that has some.
 DEVICE void start_copies(const Matrices& p) {
   const int i = thread_index() * 4;
-  if (i < cols) copy_async(words(place(i)), words(in(p, i)));
+  if (i < cols) copy_async(words(place(i)), words(in(p, i)), true);
 }
 
 PLANTED(copy_from_misaligned) {
   const int i = thread_index() * 4;
-  if (i < cols) copy_async(words(place(i)), words(in(p, FAULT ? i + 1 : i)));
+  if (i < cols) copy_async(words(place(i)), words(in(p, FAULT ? i + 1 : i)), true);
   commit_copies();
   wait_for_copies<0>();
   sync_block();
@@ -266,7 +266,7 @@ PLANTED(copy_from_misaligned) {
 
 PLANTED(copy_to_misaligned) {
   const int i = thread_index() * 4;
-  if (i < cols) copy_async(words(place(FAULT ? i + 2 : i)), words(in(p, i)));
+  if (i < cols) copy_async(words(place(FAULT ? i + 2 : i)), words(in(p, i)), true);
   commit_copies();
   wait_for_copies<0>();
   sync_block();
@@ -275,7 +275,7 @@ PLANTED(copy_to_misaligned) {
 
 PLANTED(copy_past_row) {
   const int i = thread_index() * 4;
-  if (i < cols) copy_async(words(place(i)), words(in(p, FAULT ? i + 4 : i)));
+  if (i < cols) copy_async(words(place(i)), words(in(p, FAULT ? i + 4 : i)), true);
   commit_copies();
   wait_for_copies<0>();
   sync_block();
@@ -357,7 +357,7 @@ PLANTED(ring_waits_for_too_few) {
   constexpr int stages = 3;
   const auto stage = [&](int row) { return words(place(row % stages * cols + col)); };
   const auto read_ahead = [&](int row) {
-    if (row < rows) copy_async(stage(row), words(p.in + row * stride + col));
+    if (row < rows) copy_async(stage(row), words(p.in + row * stride + col), true);
     commit_copies();
   };
   for (int row = 0; row < stages; ++row) read_ahead(row);

@@ -10,6 +10,8 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <map>
+#include <tuple>
 
 #define DEVICE __device__ __forceinline__
 // A kernel of blocks of `threads` threads, of which `blocks` fit a processor.
@@ -74,19 +76,30 @@ DEVICE uint32_t pack<Float16>(float low, float high) {
   return word;
 }
 
-// What the compiler knows of the word ends here: it is unpacked again where it is needed again, and
-// not kept unpacked in twice the registers.
-DEVICE void forget(uint32_t& word) { asm volatile("" : "+r"(word)); }
-// The compiler moves no access to memory across this, which would take registers.
-DEVICE void in_order() { asm volatile("" ::: "memory"); }
+// The compiler computes the address here, once, and not again for each access that a test guards.
+template <class V>
+DEVICE V* settled(V* pointer) {
+  asm("" : "+l"(pointer));
+  return pointer;
+}
 
 DEVICE float as_float(uint32_t bits) { return __uint_as_float(bits); }
 DEVICE uint32_t as_bits(float value) { return __float_as_uint(value); }
 DEVICE float multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
-DEVICE float inverse_sqrt(float value) { return __fdiv_rn(1.0f, __fsqrt_rn(value)); }
+// To a unit of the last place.
+DEVICE float reciprocal(float value) {
+  asm("rcp.approx.f32 %0, %0;" : "+f"(value));
+  return value;
+}
+DEVICE float inverse_sqrt(float value) {
+  const float near = rsqrtf(value);  // to two, which one step of Newton's mends
+  const float rest = __fmaf_rn(-near * value, near, 1.0f);
+  return rest == rest ? __fmaf_rn(0.5f * near, rest, near) : near;  // not of 0 or infinity
+}
 
 // Threads.
 DEVICE int thread_index() { return threadIdx.x; }
+DEVICE int block_threads() { return blockDim.x; }
 DEVICE int64_t block_index() { return blockIdx.x; }
 
 // Blocks of one cluster: consecutive blocks, which run at the same time and read each other's
@@ -98,6 +111,15 @@ DEVICE int cluster_size() {
   return size;
 #else
   return 1;
+#endif
+}
+DEVICE int64_t cluster_index() {
+#if __CUDA_ARCH__ >= 900
+  uint32_t index;
+  asm("mov.u32 %0, %%clusterid.x;" : "=r"(index));
+  return index;
+#else
+  return blockIdx.x;
 #endif
 }
 DEVICE int rank_in_cluster() {
@@ -158,7 +180,9 @@ DEVICE void store(V* to, V value) {
 }
 template <>
 DEVICE void store(Words* to, Words value) {
-  *reinterpret_cast<uint4*>(to) = {value.at[0], value.at[1], value.at[2], value.at[3]};
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(value.at[0]),
+               "r"(value.at[1]), "r"(value.at[2]), "r"(value.at[3])
+               : "memory");
 }
 
 // The shared memory of the block from a byte on, which the launch gave it.
@@ -193,13 +217,14 @@ DEVICE float peer_load(const float* mine, int rank) {
 #endif
 }
 
-// Copies 16 bytes from global to shared memory while the thread goes on. The copies since the last
-// commit_copies() are one group; wait_for_copies<K>() returns when all groups of the thread but the
-// K last ones have arrived. Only the thread that copied sees them then.
-DEVICE void copy_async(Words* to, const Words* from) {
+// Copies 16 bytes from global to shared memory while the thread goes on, or zeros where they are
+// not `present`, and reads nothing. The copies since the last commit_copies() are one group;
+// wait_for_copies<K>() returns when all groups of the thread but the K last ones have arrived. Only
+// the thread that copied sees them then.
+DEVICE void copy_async(Words* to, const Words* from, bool present) {
   asm volatile(
-      "cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(uint32_t(__cvta_generic_to_shared(to))),
-      "l"(from)
+      "cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(uint32_t(__cvta_generic_to_shared(to))),
+      "l"(from), "r"(present ? 16 : 0)
       : "memory");
 }
 DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
@@ -263,32 +288,73 @@ inline const char* processors(Processors& found) {
   return error_of(error);
 }
 
-template <class P>
-const char* launch(void (*kernel)(P), const P& parameter, const Launch& how, void* stream) {
-  if (how.shared_bytes > 48 * 1024) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                             cudaFuncAttributeMaxDynamicSharedMemorySize, how.shared_bytes);
-    if (error != cudaSuccess) return error_of(error);
+// What CUDA is told of a launch; it points to its own attributes.
+struct Configuration {
+  Configuration(const Launch& how, void* stream) {
+    config.gridDim = dim3(unsigned(how.blocks));
+    config.blockDim = dim3(how.threads);
+    config.dynamicSmemBytes = how.shared_bytes;
+    config.stream = static_cast<cudaStream_t>(stream);
+    config.attrs = attributes;
+    if (how.cluster > 1) {
+      cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+      attribute.id = cudaLaunchAttributeClusterDimension;
+      attribute.val.clusterDim = {unsigned(how.cluster), 1, 1};
+    }
+    if (how.dependent) {
+      cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+      attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+      attribute.val.programmaticStreamSerializationAllowed = 1;
+    }
   }
+  Configuration(const Configuration&) = delete;
+
   cudaLaunchAttribute attributes[2];
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(unsigned(how.blocks));
-  config.blockDim = dim3(how.threads);
-  config.dynamicSmemBytes = how.shared_bytes;
-  config.stream = static_cast<cudaStream_t>(stream);
-  config.attrs = attributes;
-  if (how.cluster > 1) {
-    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim = {unsigned(how.cluster), 1, 1};
+};
+
+inline cudaError_t allow_shared_memory(const void* kernel, const Launch& how) {
+  if (how.shared_bytes <= 48 * 1024) return cudaSuccess;
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                              how.shared_bytes);
+}
+
+// How many clusters of a launch the device in use runs at a time. Each thread keeps the answers.
+template <class P>
+const char* resident_clusters(void (*kernel)(P), const Launch& how, int& found) {
+  static thread_local std::map<std::tuple<const void*, int, int, int, int>, int> known;
+  const void* const code = reinterpret_cast<const void*>(kernel);
+  int device = 0, count = 0;
+  if (const cudaError_t error = cudaGetDevice(&device)) return error_of(error);
+  const auto [at, is_new] =
+      known.try_emplace({code, device, how.threads, how.shared_bytes, how.cluster}, 0);
+  if (is_new) {
+    cudaError_t error = allow_shared_memory(code, how);
+    if (error == cudaSuccess && how.cluster > 1) {
+      const Configuration configuration(how, nullptr);
+      error = cudaOccupancyMaxActiveClusters(&at->second, code, &configuration.config);
+    } else if (error == cudaSuccess) {
+      error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&at->second, code, how.threads,
+                                                            how.shared_bytes);
+      if (error == cudaSuccess)
+        error = cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+      at->second *= count;
+    }
+    if (error != cudaSuccess) {
+      known.erase(at);
+      return error_of(error);
+    }
   }
-  if (how.dependent) {
-    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
-    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attribute.val.programmaticStreamSerializationAllowed = 1;
-  }
-  return error_of(cudaLaunchKernelEx(&config, kernel, parameter));
+  found = at->second;
+  return nullptr;
+}
+
+template <class P>
+const char* launch(void (*kernel)(P), const P& parameter, const Launch& how, void* stream) {
+  const cudaError_t error = allow_shared_memory(reinterpret_cast<const void*>(kernel), how);
+  if (error != cudaSuccess) return error_of(error);
+  const Configuration configuration(how, stream);
+  return error_of(cudaLaunchKernelEx(&configuration.config, kernel, parameter));
 }
 
 }  // namespace fusednorm::cuda
