@@ -19,6 +19,9 @@ from filelock import FileLock  # comes with torch
 
 pytest.importorskip("triton")
 
+sys.path.append(str(Path(__file__).parents[1]))
+
+from bench import model
 from fusednorm.triton_kernels.config import Architecture, backward_config, forward_config
 
 ROOT = Path(__file__).parents[1]
@@ -196,6 +199,28 @@ def test_programs_that_the_grid_counts_on_fit(rungs: list[Entry], arch: str) -> 
             else ""
         ),
     )
+
+
+@pytest.mark.parametrize("arch", NVIDIA)
+def test_all_programs_of_a_backward_fit_at_once(rungs: list[Entry], arch: str) -> None:
+    """A partial wave takes as long as a whole one, of clusters as well, and of samples."""
+
+    def sampled(entry: Entry) -> bool:
+        return bool(entry["constants"].get("SAMPLED"))
+
+    def left_over(entry: Entry) -> str:
+        places = [
+            model.places(gpu, entry["counted"], entry["cluster"])
+            for gpu in model.GPUS[arch].values()
+        ]
+        return f"{entry['grid']} in {places}" if entry["grid"] > min(places) else ""
+
+    counted = [e for e in rungs if e["arch"] == arch and e["counted"] > 0]
+    assert {e["cluster"] for e in counted} >= ({1} if arch == "sm_80" else {1, 4, 8})
+    assert any(map(sampled, counted))
+    # Each column block of each sample needs a program.
+    needed = [e for e in counted if e["constants"].get("FORM") == "split" and sampled(e)]
+    check([e for e in counted if e not in needed], left_over)
 
 
 @pytest.mark.parametrize("arch", NVIDIA)
