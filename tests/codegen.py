@@ -519,6 +519,7 @@ class Instruction(NamedTuple):
 
 
 _DEVICE_MEMORY = ("LDG", "LDGSTS", "STG")
+_MEMORY = (*_DEVICE_MEMORY, "LD", "ST", "ATOM", "ATOMG", "RED", "UBLKCP", "UTMALDG", "UTMASTG")
 _INSTRUCTION = re.compile(
     r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?\w+ )?([A-Z]\w*)((?:\.\w+)*)([^;]*);", re.MULTILINE
 )
@@ -587,6 +588,20 @@ def instructions_per_tile(instructions: list[Instruction], ptx: str) -> float:
     return len(looped) * asked / accesses
 
 
+def dependence(instructions: list[Instruction]) -> dict[str, int | None]:
+    """Return how a kernel goes about a launch that depends on it, or on which it depends.
+
+    `lets_start` counts where it allows the next kernel onto the device; `too_early` counts accesses
+    to the memory of the device before it waits for the last kernel, None where it does not wait.
+    """
+    opcodes = [instruction.opcode for instruction in instructions]
+    before = opcodes[: opcodes.index("ACQBULK")] if "ACQBULK" in opcodes else None
+    return {
+        "lets_start": opcodes.count("PREEXIT"),
+        "too_early": None if before is None else sum(code in _MEMORY for code in before),
+    }
+
+
 def _output(*command: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
@@ -612,6 +627,7 @@ def _inspect_nvidia(arch: str, kernels: list[Any]) -> Iterator[dict[str, Any]]:
             "accesses": ptx_accesses(ptx, arguments),
             "machine": machine,
             "instructions": instructions_per_tile(code, ptx),
+            **dependence(code),
         }
 
 

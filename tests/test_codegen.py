@@ -270,6 +270,19 @@ def test_long_rows_stay_in_a_cluster(rungs: list[Entry], arch: str) -> None:
     )
 
 
+@pytest.mark.parametrize("arch", NVIDIA)
+def test_finalize_waits_before_it_touches_memory(rungs: list[Entry], arch: str) -> None:
+    """As a dependent launch it may run beside the kernel that writes its partial rows."""
+    entries = [e for e in rungs if e["arch"] == arch]
+    finalize = [e for e in entries if e["kind"] == "finalize"]
+    backward = [e for e in main_backward(entries) if e["kind"] == "backward" and not e["terms"]]
+    expected = None if arch == "sm_80" else 0
+    check(finalize, lambda e: "" if e["too_early"] == expected else f"{e['too_early']} before")
+    assert {bool(e["lets_start"]) for e in backward} == {arch != "sm_80"}
+    others = [e for e in entries if e["kind"] != "finalize"]
+    check(others, lambda e: "waits" if e["too_early"] is not None else "")
+
+
 def test_number_of_rows_is_not_compiled_in(rungs: list[Entry]) -> None:
     """Rows that divide 16, that do not, and a lone row share one kernel."""
     variants: dict[tuple[object, ...], dict[str, set[int]]] = {}
