@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -291,8 +292,9 @@ def test_long_rows_are_shared_by_the_smallest_cluster(itemsize: int) -> None:
 
 
 def test_clusters_leave_no_partial_wave() -> None:
-    """A group of 16 processors holds whole clusters only; a few may be missing of each device."""
+    """A group of processors holds whole clusters only; a few may be missing of each device."""
     arch = ARCHITECTURES["sm_90"]
+    assert replace(arch, processors=148).clusters(8) == 16  # of a B200, not 17
     for size in (2, 4, 8):
         assert arch.clusters(size) * size <= arch.processors * 15 // 16
         assert (arch.clusters(size) + 1) * size > arch.processors * 14 // 16

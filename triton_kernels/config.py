@@ -74,9 +74,12 @@ class Architecture:
     def clusters(self, size: int) -> int:
         """Return how many clusters of `size` programs surely run at once, one to a processor.
 
-        All of a cluster are on one group of 16 or 18 processors, some of which stay over.
+        All of a cluster are in one of eight groups, of which each leaves some processors over: of
+        16 or 18 on an H100, of 18 or 20 on a B200. Some devices lack a few more.
         """
-        return self.processors if size == 1 else self.processors * 15 // 16 // size
+        if size == 1:
+            return self.processors
+        return min(self.processors * 15 // 16 // size, 8 * (self.processors // 8 // size))
 
 
 @dataclass(frozen=True)
