@@ -69,7 +69,7 @@ def resident_programs(entry: dict[str, Any]) -> int:
     warp_registers = -(-entry["registers"] // 8) * 8 * 32
     warps = min(64, 4 * (16384 // warp_registers))
     by_shared = (entry["shared_limit"] + RESERVED_BYTES) // (entry["shared"] + RESERVED_BYTES)
-    return min(32, warps // entry["num_warps"], by_shared)
+    return int(min(32, warps // entry["num_warps"], by_shared))
 
 
 def places(gpu: Gpu, programs: int, cluster: int) -> int:
