@@ -202,6 +202,18 @@ def test_programs_that_the_grid_counts_on_fit(rungs: list[Entry], arch: str) -> 
 
 
 @pytest.mark.parametrize("arch", NVIDIA)
+def test_the_grid_counts_on_two_programs_where_two_fit(rungs: list[Entry], arch: str) -> None:
+    """One alone waits for its rows: 54 to 82 % of a copy by the model, where two reach it."""
+    plain = [e for e in main_backward(rungs) if e["arch"] == arch and not e["terms"]]
+    counted = [e for e in plain if e["kind"] == "backward"]
+    assert {min(2, e["programs"]) for e in counted} == {1, 2}
+    check(
+        counted,
+        lambda e: f"{e['programs']} fit" if e["programs"] >= 2 > e["counted"] else "",
+    )
+
+
+@pytest.mark.parametrize("arch", NVIDIA)
 def test_all_programs_of_a_backward_fit_at_once(rungs: list[Entry], arch: str) -> None:
     """A partial wave takes as long as a whole one, of clusters as well, and of samples."""
 
