@@ -218,8 +218,9 @@ def test_the_grid_counts_on_two_programs_where_two_fit(rungs: list[Entry], arch:
 def test_all_programs_of_a_backward_fit_at_once(rungs: list[Entry], arch: str) -> None:
     """A partial wave takes as long as a whole one, of clusters as well, and of samples."""
 
-    def sampled(entry: Entry) -> bool:
-        return bool(entry["constants"].get("SAMPLED"))
+    def several(entry: Entry) -> bool:
+        constants = entry["constants"]
+        return bool(constants.get("SAMPLED")) or constants.get("GROUPS", 1) > 1
 
     def left_over(entry: Entry) -> str:
         places = [
@@ -230,9 +231,9 @@ def test_all_programs_of_a_backward_fit_at_once(rungs: list[Entry], arch: str) -
 
     counted = [e for e in rungs if e["arch"] == arch and e["counted"] > 0]
     assert {e["cluster"] for e in counted} >= ({1} if arch == "sm_80" else {1, 4})
-    assert any(map(sampled, counted))
-    # Each column block of each sample needs a program.
-    needed = [e for e in counted if e["constants"].get("FORM") == "split" and sampled(e)]
+    assert any(map(several, counted))
+    # Each column block of each sample or group needs a program.
+    needed = [e for e in counted if e["constants"].get("FORM") == "split" and several(e)]
     check([e for e in counted if e not in needed], left_over)
 
 
