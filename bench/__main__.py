@@ -100,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     both = add("compare", _compare, "show what changed beyond the spread")
     both.add_argument("before", type=Path)
     both.add_argument("after", type=Path)
-    commands.add_parser("codegen", help="registers, bytes in flight and instructions, no GPU")
+    commands.add_parser("codegen", help="registers, instructions and a prediction, without a GPU")
     tune = add("tune", _tune, "search the launch policy on a GPU; print a diff of config.py")
     _add_device(tune)
     tune.add_argument("--dtype", action="append", choices=DTYPES)

@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -24,6 +25,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -31,6 +33,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
+from bench import model, table
 from fusednorm.spec import compute_dtype
 from fusednorm.triton_kernels import backward, channels, finalize, forward, gated, launch
 from fusednorm.triton_kernels.config import (
@@ -77,8 +80,8 @@ ALL = (
     *(cols + step for cols in range(2304, 131073, 256) for step in (-255, -8, -1, 0)),
 )
 
-ROWS = 10007
-"""Rows of every launch: prime, so that nothing derived from it is divisible by chance."""
+ELEMENTS = 2**25
+"""About how many every launch is of: more than a cache holds."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,18 +93,25 @@ class Job:
     dtype: str
     parameters: str
     cols: int
-    rows: int = ROWS
+    rows: int = 0  # of x, or images; 0 for those of about ELEMENTS
     padding: int = 0
     planted: str = ""
     terms: str = ""
-    positions: int = 0  # of [IMAGES, cols, positions], where that is what the launcher gets
+    positions: int = 0  # of [rows, cols, positions], where that is what the launcher gets
 
-
-IMAGES = 7
-"""Images of a launch of norms over dimension 1."""
 
 SAMPLES = 5
 """Samples of launches whose terms differ between them; `sampled` terms have one row each."""
+
+
+def width(job: Job) -> int:
+    """Return the elements of a row of x, or of an image."""
+    return job.cols * TERMS[job.terms].groups * max(1, job.positions)
+
+
+def sized(job: Job) -> Job:
+    """Return the job with an odd number of rows if it names none."""
+    return dataclasses.replace(job, rows=job.rows or ELEMENTS // width(job) | 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -301,6 +311,7 @@ class Compiled:
     """A kernel that a launcher would have launched, and what the policy said about it."""
 
     kernel: Any
+    grid: int  # programs that are launched
     counted: int  # programs that the grid counts on per processor; 0 where it counts on none
     reads: int  # bytes read of a column of one row, once each
     writes: int
@@ -326,7 +337,7 @@ def compile_job(job: Job) -> list[Compiled]:
             counted = chosen[-1].programs_per_processor if name in PERSISTENT else 0
             built = type(kernel).run(kernel, *args, warmup=True, **kwargs)
             moved = (_bytes(named, tensors) for tensors in (READ[name], WRITTEN[name]))
-            compiled.append(Compiled(built, counted, *moved))
+            compiled.append(Compiled(built, math.prod(kwargs["grid"]), counted, *moved))
 
     triton.runtime.driver.set_active(_Driver(job.arch))
     for module in (forward, backward, finalize, gated, channels):
@@ -418,12 +429,12 @@ def _call_gated_launcher(job: Job, terms: Terms, meta: Callable[..., torch.Tenso
 
 def _call_launcher_of_channels(job: Job) -> None:
     dtype, compute = DTYPES[job.dtype], compute_dtype(DTYPES[job.dtype])
-    x = torch.empty(IMAGES, job.cols, job.positions, dtype=dtype, device="meta")
+    x = torch.empty(job.rows, job.cols, job.positions, dtype=dtype, device="meta")
     weight = torch.empty(job.cols, dtype=DTYPES[job.parameters], device="meta")
     if job.kind == "forward":
         channels.layer_norm2d_fwd(x, weight, weight, 1e-6, False, dtype, True)
         return
-    statistics = torch.empty(IMAGES * job.positions, dtype=compute, device="meta")
+    statistics = torch.empty(job.rows * job.positions, dtype=compute, device="meta")
     everything = job.kind != "backward_dx"
     wanted = True, everything, everything
     channels.layer_norm2d_bwd(x, x, statistics, statistics, weight, weight, wanted)
@@ -508,6 +519,7 @@ class Instruction(NamedTuple):
 
 
 _DEVICE_MEMORY = ("LDG", "LDGSTS", "STG")
+_MEMORY = (*_DEVICE_MEMORY, "LD", "ST", "ATOM", "ATOMG", "RED", "UBLKCP", "UTMALDG", "UTMASTG")
 _INSTRUCTION = re.compile(
     r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?\w+ )?([A-Z]\w*)((?:\.\w+)*)([^;]*);", re.MULTILINE
 )
@@ -576,6 +588,20 @@ def instructions_per_tile(instructions: list[Instruction], ptx: str) -> float:
     return len(looped) * asked / accesses
 
 
+def dependence(instructions: list[Instruction]) -> dict[str, int | None]:
+    """Return how a kernel goes about a launch that depends on it, or on which it depends.
+
+    `lets_start` counts where it allows the next kernel onto the device; `too_early` counts accesses
+    to the memory of the device before it waits for the last kernel, None where it does not wait.
+    """
+    opcodes = [instruction.opcode for instruction in instructions]
+    before = opcodes[: opcodes.index("ACQBULK")] if "ACQBULK" in opcodes else None
+    return {
+        "lets_start": opcodes.count("PREEXIT"),
+        "too_early": None if before is None else sum(code in _MEMORY for code in before),
+    }
+
+
 def _output(*command: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
@@ -601,6 +627,7 @@ def _inspect_nvidia(arch: str, kernels: list[Any]) -> Iterator[dict[str, Any]]:
             "accesses": ptx_accesses(ptx, arguments),
             "machine": machine,
             "instructions": instructions_per_tile(code, ptx),
+            **dependence(code),
         }
 
 
@@ -649,9 +676,9 @@ def _vector(job: Job, kernel: Any) -> int:
 
 def inspect(arch: str, work: list[Job]) -> list[dict[str, Any]]:
     """Compile what jobs for one target launch and describe each kernel."""
-    entries = []
+    entries: list[dict[str, Any]] = []
     compiled: list[tuple[Job, Compiled]] = []
-    for job in work:
+    for job in map(sized, work):
         kernels, error = _try_compile(job)
         compiled += [(job, kernel) for kernel in kernels]
         if error:
@@ -673,6 +700,8 @@ def inspect(arch: str, work: list[Job]) -> list[dict[str, Any]]:
             "shared_limit": TARGETS[arch][1].shared_bytes,
             # Of x; a tile for a wider stream holds fewer elements of it.
             "vector_bytes": _vector(job, kernel) * itemsize,
+            "grid": found.grid,
+            "elements": job.rows * width(job),
             "counted": found.counted,
             "reads": found.reads,
             "writes": found.writes,
@@ -682,59 +711,17 @@ def inspect(arch: str, work: list[Job]) -> list[dict[str, Any]]:
             },
             **detail,
         }
-        entries.append(entry | (occupancy(entry) if nvidia else {}))
+        entries.append(entry | (model.occupancy(entry) if nvidia else {}))
+    _predict([entry for entry in entries if "seconds" in entry])
     return entries
 
 
-RESERVED_BYTES = 1024
-"""Shared memory that CUDA keeps of every program, and of which a processor has one share more."""
-
-SATURATING_BYTES = 32 * 1024
-"""Bytes that each processor needs in flight to use all of the memory, by Little's law: those of
-its share of 4.3 TB/s in a loaded latency of 0.9 us, with a margin."""
-
-ISSUE_PER_BYTE = {"sm_80": 9.7, "sm_90": 7.1, "sm_100": 4.4}
-"""Instructions of a thread that a device can issue while its memory moves a byte, by the published
-clocks and bandwidths of A100, H200 and B200."""
-
-MOST_ISSUE = 0.6
-"""Share of the issue slots from which arithmetic is expected to hold up the memory."""
-
-
-def resident_programs(entry: dict[str, Any]) -> int:
-    """Return how many programs fit on a processor by what they really use."""
-    # A warp's registers come in units of 256 from one of four files of 16384; 64 warps fit, and 32
-    # programs.
-    warp_registers = -(-entry["registers"] // 8) * 8 * 32
-    warps = min(64, 4 * (16384 // warp_registers))
-    by_shared = (entry["shared_limit"] + RESERVED_BYTES) // (entry["shared"] + RESERVED_BYTES)
-    return min(32, warps // entry["num_warps"], by_shared)
-
-
-def occupancy(entry: dict[str, Any]) -> dict[str, Any]:
-    """Return what an NVIDIA processor has of a kernel: programs, bytes in flight, instructions."""
-    constants = entry["constants"]
-    fit = resident_programs(entry)
-    working = min(fit, entry["counted"]) if entry["counted"] else fit
-    walks = constants.get("LOOPED") == 1 or "sums" in entry["kernel"]
-    rows, chunks = constants.get("ROWS", 1), 1 if walks else constants.get("CHUNKS", 1)
-    block = constants.get("BLOCK_N", constants.get("COLS"))
-    split = constants.get("FORM") == "split"
-    lanes = chunks * block
-    cols = min(lanes, entry["cols"]) if walks or split else entry["cols"]
-    # Copies of fewer than four bytes are not asynchronous, so nothing is fetched ahead.
-    ahead = constants.get("NUM_STAGES", 1) - 1 if "LDGSTS" in entry["machine"] else 0
-    cluster = entry["cluster"]
-    per_thread = rows * lanes / (cluster * entry["num_warps"] * 32)
-    again = constants.get("FORM") == "reload" or constants.get("LOOPED") == 1
-    floor = entry["reads"] + entry["writes"]
-    return {
-        "programs": fit,
-        "in_flight": working * max(1, ahead) * rows * cols * entry["reads"] // cluster,
-        "instructions_per_element": entry["instructions"] / per_thread * lanes / cols,
-        "floor_bytes": floor,
-        "moved_bytes": floor + (entry["reads"] if again else 0),
-    }
+def _predict(launches: list[dict[str, Any]]) -> None:
+    """Note with the last launch of each job what its call is expected to reach."""
+    keys = [field.name for field in dataclasses.fields(Job)]
+    for _, call in itertools.groupby(launches, lambda entry: [entry[key] for key in keys]):
+        together = list(call)
+        together[-1]["predicted"] = model.predictions(together)
 
 
 def complaints(entry: dict[str, Any]) -> list[str]:
@@ -748,14 +735,9 @@ def complaints(entry: dict[str, Any]) -> list[str]:
         return found
     if entry["programs"] < entry["counted"]:
         found.append(f"grid counts on {entry['counted']} programs, {entry['programs']} fit")
-    if entry["in_flight"] < SATURATING_BYTES:
-        found.append(f"{entry['in_flight'] / 1024:.0f} KB in flight")
-    resident_forward = entry["kind"] == "forward" and not entry["constants"].get("LOOPED")
-    if entry["programs"] == 1 and resident_forward:
-        found.append("one program: nothing loads while it stores")
-    slots = ISSUE_PER_BYTE[entry["arch"]] * entry["floor_bytes"]
-    if (share := entry["instructions_per_element"] / slots) > MOST_ISSUE:
-        found.append(f"{share:.0%} of the issue slots")
+    for gpu, (share, limit) in entry.get("predicted", {}).items():
+        if share < table.LITTLE:
+            found.append(f"{gpu}: {limit}")
     if entry["moved_bytes"] > entry["floor_bytes"]:
         found.append("reads twice")
     return found
@@ -774,7 +756,6 @@ def inspect_all(work: list[Job], processes: int = 2) -> list[dict[str, Any]]:
 def describe(entry: dict[str, Any]) -> str:
     """Return the name of an entry's rung, for reports."""
     c = entry["constants"]
-    tile = f"{c.get('ROWS', 1)}x{c.get('CHUNKS', 1)}x{c.get('BLOCK_N', c.get('COLS'))}"
     form = c.get("FORM") or ("looped" if c.get("LOOPED") else "")
     stages = f"stages={c['NUM_STAGES']}" if "NUM_STAGES" in c else ""
     dtype = entry["dtype"]
@@ -787,9 +768,8 @@ def describe(entry: dict[str, Any]) -> str:
     name += " dx only" if entry["kind"] == "backward_dx" else ""
     name += f" ({entry['planted']})" if entry["planted"] else ""
     return (
-        f"{entry['arch']:6} {name:20} {dtype:16} N={entry['cols']:<6} {tile:11} {form:8} "
-        f"warps={entry['num_warps']:<2}"
-        f"{'x' + str(entry['cluster']) if entry['cluster'] > 1 else '':2} {stages:8}"
+        f"{entry['arch']:6} {name:20} {dtype:16} N={entry['cols']:<6} {table.tile(entry):11} "
+        f"{form:8} warps={table.warps(entry):4} {stages:8}"
     )
 
 
@@ -815,7 +795,22 @@ def row(entry: dict[str, Any]) -> str:
             f"instr/el={entry['instructions_per_element']:4.1f} "
             f"bytes/el={entry['moved_bytes']}/{entry['floor_bytes']:<2} {widths}"
         )
+        for gpu, (share, _) in entry.get("predicted", {}).items():
+            line += f" {gpu}={share:.0%}"
     return f"{line}  {'; '.join(complaints(entry))}".rstrip()
+
+
+def tabulate(arch: str, path: Path, beside: Path | None) -> str:
+    """Write the table of plain norms to a CSV file; return it, beside an earlier one if given."""
+    work = [
+        Job(arch, kind, dtype, dtype, cols)
+        for kind in ("forward", "backward")
+        for dtype in ("bfloat16", "float32")
+        for cols in table.COLS
+    ]
+    rows = [table.row(entry) for entry in inspect_all(work)]
+    table.save(rows, path)
+    return table.show(rows, table.load(beside) if beside else rows)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -832,6 +827,15 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--cols", action="append", type=int)
     parser.add_argument("--terms", action="append", choices=TERMS)
     parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument(
+        "--table",
+        metavar="CSV",
+        type=Path,
+        help="write a table of plain norms of N = 64 .. 131072 instead",
+    )
+    parser.add_argument(
+        "--beside", metavar="CSV", type=Path, help="an earlier table to print it beside"
+    )
     return parser.parse_args(arguments)
 
 
@@ -840,6 +844,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parse(arguments)
     if triton.knobs.runtime.interpret:
         raise ValueError("unset TRITON_INTERPRET: interpreted kernels have no machine code")
+    if args.table:
+        arch, *others = args.arch or ["sm_90"]
+        if others or arch not in model.GPUS:
+            raise ValueError(f"--table: expected one --arch of {', '.join(model.GPUS)}")
+        print(tabulate(arch, args.table, args.beside))
+        return 0
     work = [
         job
         for job in jobs(args.full)

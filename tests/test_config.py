@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -291,8 +292,9 @@ def test_long_rows_are_shared_by_the_smallest_cluster(itemsize: int) -> None:
 
 
 def test_clusters_leave_no_partial_wave() -> None:
-    """A group of 16 processors holds whole clusters only; a few may be missing of each device."""
+    """A group of processors holds whole clusters only; a few may be missing of each device."""
     arch = ARCHITECTURES["sm_90"]
+    assert replace(arch, processors=148).clusters(8) == 16  # of a B200, not 17
     for size in (2, 4, 8):
         assert arch.clusters(size) * size <= arch.processors * 15 // 16
         assert (arch.clusters(size) + 1) * size > arch.processors * 14 // 16
@@ -322,13 +324,28 @@ def test_partial_rows(cols: int, itemsize: int, arch: Architecture) -> None:
         partials = partial_rows(rows, itemsize, blocks, backward, arch)
         counts.append(partials)
         assert 1 <= partials <= _ceil_div(rows, tile.rows), rows
-        assert partials * blocks < wave + blocks, rows
+        assert partials * blocks <= max(wave, blocks), rows
         # As the launcher divides the rows: whole blocks of them for every program.
         rows_per_program = tile.rows * _ceil_div(_ceil_div(rows, partials), tile.rows)
         programs = _ceil_div(rows, rows_per_program)
         assert 1 <= programs <= partials, rows
         assert (programs - 1) * rows_per_program < rows, "the last program has no row"
     assert all(fewer <= more for fewer, more in pairwise(counts))
+
+
+@every_device
+@pytest.mark.parametrize("cols", SOME_COLS)
+def test_samples_and_groups_take_no_second_wave(cols: int, arch: Architecture) -> None:
+    """However many there are: a few programs that are left over take as long as all others."""
+    for itemsize, shares in itertools.product(ITEMSIZES, (2, 3, 5, 7, 64, 100, 200)):
+        backward = backward_config(cols, itemsize, arch, 2 * itemsize)
+        blocks = shares * _column_blocks(cols, backward)
+        wave = arch.clusters(backward.tile.cluster) * backward.programs_per_processor
+        for rows in ROWS:
+            programs = blocks * partial_rows(rows, itemsize, blocks, backward, arch)
+            assert programs <= max(blocks, wave), rows
+        # Of the last, many rows, nothing is left over that one more program a share would fill.
+        assert programs + blocks > wave
 
 
 @every_device
@@ -358,7 +375,8 @@ def test_a_small_batch_still_gets_every_processor(itemsize: int, arch: Architect
         blocks = _column_blocks(cols, backward)
         programs = arch.processors * min(2, backward.programs_per_processor)
         rows = programs * backward.tile.rows
-        assert partial_rows(rows, itemsize, blocks, backward, arch) * blocks >= programs
+        partials = partial_rows(rows, itemsize, blocks, backward, arch)
+        assert partials * blocks > programs - blocks
 
 
 def test_configurations_are_values() -> None:

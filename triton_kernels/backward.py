@@ -420,8 +420,11 @@ def layer_norm_bwd(
     )
     tile = config.tile
     column_blocks = -(-cols // tile.block_n) if config.form == "split" else 1
-    wanted = partial_rows(rows, h.element_size(), column_blocks, config, arch)
-    programs_per_sample, rows_per_program = _share_out(wanted, terms, tile)
+    # Programs own rows of one sample each, so that partial rows belong to samples.
+    shares, sample_rows = column_blocks * terms.samples, terms.rows_per_sample
+    wanted = partial_rows(sample_rows, h.element_size(), shares, config, arch)
+    rows_per_program = tile.rows * -(-sample_rows // (wanted * tile.rows))
+    programs_per_sample = -(-sample_rows // rows_per_program)
     programs = programs_per_sample * terms.samples
 
     def partial(needed: bool) -> torch.Tensor | None:
@@ -500,17 +503,6 @@ def _allocate(
         make(like.shape, dtype=dtype, device=h.device) if wanted and like is not None else None
         for (like, dtype), wanted in zip(likes, mask, strict=True)
     )
-
-
-def _share_out(wanted: int, terms: launch.Terms, tile: RowTile) -> tuple[int, int]:
-    """Return programs a sample and rows a program, for about `wanted` programs.
-
-    Programs own rows of one sample each, so that partial rows belong to samples.
-    """
-    rows = terms.rows_per_sample
-    wanted_per_sample = -(-wanted // terms.samples)
-    rows_per_program = tile.rows * -(-rows // (wanted_per_sample * tile.rows))
-    return -(-rows // rows_per_program), rows_per_program
 
 
 def _launch_sums(

@@ -27,7 +27,7 @@ from .config import (
     partial_rows,
     vector_elements,
 )
-from .finalize import launch_finalize
+from .finalize import launch_finalize, let_finalize_start
 from .gradients import load_column, row_means, through_norm
 from .normalise import normalised, row_statistics
 from .tile import Tile, cast, constants, corrects_mean, take_chunk
@@ -142,6 +142,7 @@ def layer_norm2d_fwd_kernel(
 def _store_partial(ptr, offset, chunk, sums, N: tl.constexpr):
     """Store a chunk of the partial row at `offset`; nothing where `ptr` is None."""
     if ptr is not None:
+        let_finalize_start()
         tl.store(ptr + offset + chunk.cols, sums, mask=chunk.cols < N)
 
 

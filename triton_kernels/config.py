@@ -74,9 +74,12 @@ class Architecture:
     def clusters(self, size: int) -> int:
         """Return how many clusters of `size` programs surely run at once, one to a processor.
 
-        All of a cluster are on one group of 16 or 18 processors, some of which stay over.
+        All of a cluster are in one of eight groups, of which each leaves some processors over: of
+        16 or 18 on an H100, of 18 or 20 on a B200. Some devices lack a few more.
         """
-        return self.processors if size == 1 else self.processors * 15 // 16 // size
+        if size == 1:
+            return self.processors
+        return min(self.processors * 15 // 16 // size, 8 * (self.processors // 8 // size))
 
 
 @dataclass(frozen=True)
@@ -371,20 +374,23 @@ def backward_config(
 
 
 def partial_rows(
-    rows: int, itemsize: int, column_blocks: int, config: BackwardConfig, arch: Architecture
+    rows: int, itemsize: int, shares: int, config: BackwardConfig, arch: Architecture
 ) -> int:
-    """Return how many partial rows of dweight and dbias a backward of `rows` rows writes.
+    """Return how many partial rows of dweight and dbias a backward writes for each of `shares`.
+
+    A share is what other programs work on: `rows` rows of a sample, a group, or a column block.
 
     A partial row costs 16 bytes a column (two float32 written, then read), a row of x costs
     3 * itemsize (x, dy, dx). Partials stay under 3 % of the traffic while one covers at least
     180 / itemsize rows. A small batch still gets two programs for each processor where two fit: one
-    alone waits for its own rows, and idle processors cost more than partials.
+    alone waits for its own rows, and idle processors cost more than partials. But all programs fit
+    at once: a few that are left over would take as long as all the others.
     """
     steps = -(-rows // config.tile.rows)
     cheap = rows * itemsize // 180
     places = arch.clusters(config.tile.cluster)
-    least = -(-places * min(2, config.programs_per_processor) // column_blocks)
-    most = -(-places * config.programs_per_processor // column_blocks)
+    least = -(-places * min(2, config.programs_per_processor) // shares)
+    most = places * config.programs_per_processor // shares
     return max(1, min(steps, most, max(least, cheap)))
 
 

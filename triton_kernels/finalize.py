@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
+from triton import knobs
+from triton.language.target_info import cuda_capability_geq
 
 from fusednorm.spec import Gradients
 
@@ -34,6 +36,24 @@ class Output(NamedTuple):
     factor: Any
     addend: Any
     addend_factor: Any
+
+
+@triton.constexpr_function
+def is_dependent():
+    """Return whether the finalize kernel is a dependent launch: Hopper and Blackwell have those.
+
+    Not on compute capability 12, where CUDA graphs are reported to refuse them.
+    """
+    if knobs.runtime.interpret:
+        return False
+    return cuda_capability_geq(9) and not cuda_capability_geq(12)
+
+
+@triton.jit
+def let_finalize_start():
+    """Allow the finalize kernel onto the device. It starts when every program has come here."""
+    if is_dependent():
+        tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit
@@ -128,6 +148,12 @@ def layer_norm_bwd_finalize_kernel(
 
     The partial rows of a sample are consecutive.
     """
+    if is_dependent():
+        # The kernel before may still be running. Every program waits here for all that it writes,
+        # before it reads or writes anything itself, and none lets others start before it ends. So
+        # whatever follows in the stream follows both kernels: the block of partial rows, which is
+        # free for others as soon as this launch is queued, is not overwritten before it is read.
+        tl.extra.cuda.gdc_wait()
     C: tl.constexpr = constants(N, ROWS, COLS, 1, TERM_VECTOR, None)
     BLOCKS: tl.constexpr = (N + COLS - 1) // COLS
     block = tl.program_id(0) % BLOCKS
@@ -211,4 +237,5 @@ def launch_finalize(
         COLS=tile.block_n,
         **terms.chosen("GATE_SCALAR", "SCALE_SCALAR", "SHIFT_SCALAR", "TERM_VECTOR"),
         **launch.options(tile.num_warps, arch),
+        **({"launch_pdl": True} if is_dependent() else {}),
     )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .finalize import let_finalize_start
 from .tile import load_parameter, load_term, rounded, sum_pair, widen
 
 
@@ -73,4 +74,5 @@ def load_column(ptr, tile):
 def store_partial(ptr, offset, cols, sums, N: tl.constexpr):
     """Store a chunk of the partial row at `offset`; nothing where `ptr` is None."""
     if ptr is not None:
+        let_finalize_start()
         tl.store(ptr + offset + cols, tl.sum(sums, axis=0), mask=cols < N)

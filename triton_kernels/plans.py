@@ -220,8 +220,9 @@ def plan_of(
 _MOST_SHARED = 228 * 1024
 """Bytes of shared memory beyond which Triton gives a launch an attribute."""
 
-_CLUSTER, _CLUSTER_POLICY, _SPREAD = 4, 5, 1
-"""What CUDA calls the attributes of a launch of clusters, and the policy that Triton asks for."""
+_DEPENDENT, _CLUSTER, _CLUSTER_POLICY, _SPREAD = 6, 4, 5, 1
+"""What CUDA calls the attributes of a dependent launch and of one of clusters, and the policy that
+Triton asks for."""
 
 _FORMATS = {"i32": "<i4x", "i64": "<q", "fp64": "<d"}
 
@@ -231,11 +232,9 @@ def _hand_over(key: bytes, plan: Plan) -> None:
     starts = []
     for compiled, grid, planned in plan.starts:
         metadata = compiled.metadata
-        if metadata.launch_cooperative_grid or metadata.launch_pdl:
-            return
         if metadata.global_scratch_size or metadata.profile_scratch_size:
             return
-        if metadata.shared > _MOST_SHARED:
+        if metadata.launch_cooperative_grid or metadata.shared > _MOST_SHARED:
             return
         arguments = []
         for kind, (place, value) in zip(compiled.src.signature.values(), planned, strict=True):
@@ -244,10 +243,12 @@ def _hand_over(key: bytes, plan: Plan) -> None:
                 arguments.append((place, int.from_bytes(word, "little")))
         arguments += [(-1, 0)] * 2  # Triton's own scratch, global and of its profiler
         threads = metadata.num_warps * metadata.warp_size
-        attributes = []
+        attributes: list[tuple[int, tuple[int, ...]]] = []
+        if metadata.launch_pdl:
+            attributes.append((_DEPENDENT, (1,)))
         if (cluster := metadata.num_ctas) > 1:
             grid = grid[0] * cluster, *grid[1:]
-            attributes = [(_CLUSTER, (cluster, 1, 1)), (_CLUSTER_POLICY, (_SPREAD,))]
+            attributes += [(_CLUSTER, (cluster, 1, 1)), (_CLUSTER_POLICY, (_SPREAD,))]
         start = compiled.function, compiled.name, grid, threads, metadata.shared, arguments
         starts.append((*start, attributes))
     scratch = 0 if plan.scratch is None else plan.scratch[0]

@@ -152,6 +152,18 @@ def test_every_way_starts_the_same(use: Use, direction: str) -> None:
         assert by_repeater(repeater, launcher, call, expected, sizes) == expected
 
 
+@pytest.mark.parametrize("cols", [1024, 32768])
+def test_attributes_of_launches(cols: int) -> None:
+    """Only the finalize kernel is a dependent launch; a row of a cluster has that of its size."""
+    since = fake_gpu.launched()
+    with fake_gpu.serving("triton"):
+        layer_norm_bwd(*backward(Use("layer_norm", cols=cols)).arguments)
+    rows, finalize = fake_gpu.launches(since)
+    assert finalize.attributes != 0
+    assert (rows.attributes != 0) == (cols > 8192)
+    assert rows.attributes != finalize.attributes
+
+
 def operator_call(launcher: Launcher, call: Call) -> Callable[[], Any]:
     """Return the call of our operator that ends in a call of a launcher."""
     tensors = call.arguments[: len(call.tensors)]
