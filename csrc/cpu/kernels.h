@@ -66,7 +66,7 @@ ALWAYS_INLINE int64_t bytes(DType dtype) {
 
 ALWAYS_INLINE Row row_of(const Rows& rows, int64_t row) {
   if (rows.data == nullptr) return {};
-  return {static_cast<char*>(rows.data) + row * rows.stride * bytes(rows.dtype), rows.dtype};
+  return {static_cast<char*>(rows.data) + rows.offset(row) * bytes(rows.dtype), rows.dtype};
 }
 
 template <class C>
