@@ -63,10 +63,11 @@ def laid_out(case: Case, layout: Layout) -> Case:
     """Return a case whose rows all lie in a layout."""
     terms = case.terms
     if terms is not None:
-        streams = {name: getattr(terms, name) for name in ("residual", "dh", "gate_input")}
-        terms = replace(
-            terms, **{name: layout(rows) for name, rows in streams.items() if rows is not None}
-        )
+        streams: dict[str, Any] = {}
+        for name in ("residual", "dh", "gate_input"):
+            if (rows := getattr(terms, name)) is not None:
+                streams[name] = layout(rows)
+        terms = replace(terms, **streams)
     return replace(case, x=layout(case.x), dy=layout(case.dy), terms=terms)
 
 
@@ -159,6 +160,7 @@ def allocated(function: Callable[[], Any]) -> int:
 
 
 def _both_ways(norm: Callable[..., Tensor], case: Case) -> Callable[[], Any]:
+    assert case.weight is not None
     x, weight = (t.detach().requires_grad_() for t in (case.x, case.weight))
     shape = case.shape
 
@@ -227,6 +229,7 @@ def test_triton_is_given_what_the_caller_has(launches: list[Launch], layout: str
     gradients = {"dz": case.dy, "dh": case.terms.dh}
     for arguments, tensors in ((forward, rows), (backward, gradients)):
         for name, tensor in tensors.items():
+            assert tensor is not None
             assert arguments[f"{name}_ptr"].data_ptr() == tensor.data_ptr()
             assert arguments[f"{name}_jumps"] is not None
     assert backward["h_jumps"] is None
