@@ -9,7 +9,7 @@
 #include <stdexcept>
 #include <vector>
 
-#include "equation.h"
+#include "spacing.h"
 
 namespace fusednorm::boxed {
 
@@ -279,15 +279,18 @@ class Layout {
   int64_t cols() const { return cols_; }
   bool is_empty() const { return rows_ == 0 || cols_ == 0; }
 
-  // Absent for null; copied where rows are not evenly spaced or their columns not adjacent.
+  // Absent for null; copied where rows cannot be described as they lie.
   Rows rows(AtenTensorHandle tensor) {
     if (tensor == nullptr) return {};
-    int64_t distance = cols_;
-    if (!is_contiguous(tensor) && !evenly_spaced(tensor, distance)) {
-      tensor = keep(contiguous(tensor, dtype_of(tensor)));
-      distance = cols_;
+    Rows found{nullptr, cols_, dtype_of(tensor)};
+    const Span size = sizes(tensor), stride = strides(tensor);
+    if (!is_contiguous(tensor) &&
+        !find_spacing(size.data, stride.data, size.count, leading_, found)) {
+      tensor = keep(contiguous(tensor, found.dtype));
+      found = {nullptr, cols_, found.dtype};
     }
-    return {address(tensor), distance, dtype_of(tensor)};
+    found.data = address(tensor);
+    return found;
   }
 
   // Rows that have just been allocated, or none.
@@ -320,25 +323,6 @@ class Layout {
   }
 
  private:
-  // Whether columns are adjacent and rows are `distance` apart, which is set.
-  bool evenly_spaced(AtenTensorHandle tensor, int64_t& distance) const {
-    const Span size = sizes(tensor), stride = strides(tensor);
-    int64_t expected = 1;
-    for (int64_t i = size.count - 1; i >= leading_; --i) {
-      if (size[i] != 1 && stride[i] != expected) return false;
-      expected *= size[i];
-    }
-    bool found = false;
-    for (int64_t i = leading_ - 1; i >= 0; --i) {
-      if (size[i] == 1) continue;
-      if (found && stride[i] != expected) return false;
-      if (!found) distance = stride[i];
-      found = true;
-      expected = stride[i] * size[i];
-    }
-    return true;
-  }
-
   int64_t leading_, rows_, cols_;
   std::vector<Owned> kept_;
 };

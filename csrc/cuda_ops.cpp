@@ -13,17 +13,29 @@ void check(const char* error) {
   if (error) throw std::runtime_error(error);
 }
 
+// The kernels know no jumps: rows that have some are copied.
+struct EvenRows : Layout {
+  using Layout::Layout;
+
+  Rows rows(PyObject* tensor) {
+    const Rows found = Layout::rows(tensor);
+    return found.jumps[0].every == 0 ? found : Layout::rows(contiguous(tensor));
+  }
+};
+
+using Backward = BackwardCall<cuda::Backward, EvenRows>;
+
 // The arguments end with the address of the stream.
 PyObject* forward(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   return call([&] {
-    const ForwardCall<Layout> forward(read_forward(arguments, count - 1));
+    const ForwardCall<EvenRows> forward(read_forward<EvenRows>(arguments, count - 1));
     void* const stream = PyLong_AsVoidPtr(arguments[count - 1]);
     if (!forward.is_empty()) check(cuda::layer_norm_fwd(forward.p, stream));
     return outputs(forward);
   });
 }
 
-void launch(BackwardCall<cuda::Backward, Layout>& backward, PyObject* h, void* stream) {
+void launch(Backward& backward, PyObject* h, void* stream) {
   cuda::Backward& p = backward.p;
   const Term dweight = backward.dweight(), dbias = backward.dbias();
   const Term& either = dweight.data ? dweight : dbias;
@@ -48,7 +60,7 @@ void launch(BackwardCall<cuda::Backward, Layout>& backward, PyObject* h, void* s
 
 PyObject* backward(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   return call([&] {
-    BackwardCall<cuda::Backward, Layout> backward(read_backward(arguments, count - 1));
+    Backward backward(read_backward<EvenRows>(arguments, count - 1));
     void* const stream = PyLong_AsVoidPtr(arguments[count - 1]);
     if (!backward.is_empty()) launch(backward, arguments[3], stream);
     return outputs(backward);

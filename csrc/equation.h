@@ -14,12 +14,30 @@ namespace fusednorm {
 
 enum class DType : int32_t { none, f16, bf16, f32, f64 };
 
-// [M, N] with adjacent columns and rows `stride` elements apart; absent where data is null.
+// After every so many rows the next one lies that many elements further on.
+struct Jump {
+  int64_t every = 0;  // 0 where there is none
+  int64_t by = 0;
+};
+
+// [M, N] with adjacent columns and rows `stride` elements apart, but for the jumps, of which those
+// that are there come first; absent where data is null. An output has no jumps.
 struct Rows {
   void* data = nullptr;
   int64_t stride = 0;
   DType dtype = DType::none;
   bool beyond_cache = false;  // an output too large to be found in cache by who reads it
+  Jump jumps[2] = {};
+
+  // Where a row begins, in elements.
+  int64_t offset(int64_t row) const {
+    int64_t elements = row * stride;
+    for (const Jump& jump : jumps) {
+      if (jump.every == 0) break;
+      elements += row / jump.every * jump.by;
+    }
+    return elements;
+  }
 };
 
 // A vector [N], or one number that stands for N equal ones, for each sample of consecutive rows;

@@ -7,7 +7,8 @@
 
 namespace fusednorm {
 
-inline ForwardArguments<Layout> read_forward(PyObject* const* arguments, Py_ssize_t count) {
+template <class L = Layout>
+ForwardArguments<L> read_forward(PyObject* const* arguments, Py_ssize_t count) {
   struct Objects {
     PyObject *x, *residual, *gate, *weight, *bias, *scale, *shift, *seed;
     PyObject *normalized_shape, *eps, *rms, *dropout_p, *out_dtype, *h_dtype, *x_hat_dtype;
@@ -21,32 +22,34 @@ inline ForwardArguments<Layout> read_forward(PyObject* const* arguments, Py_ssiz
           flag(a.store_h)};
 }
 
-inline BackwardArguments<Layout> read_backward(PyObject* const* arguments, Py_ssize_t count) {
+template <class L = Layout>
+BackwardArguments<L> read_backward(PyObject* const* arguments, Py_ssize_t count) {
   struct Objects {
     PyObject *dz, *dh, *x, *h, *mean, *rstd, *gate, *weight, *bias, *scale, *shift, *seed;
     PyObject *normalized_shape, *dropout_p, *x_dtype, *residual_dtype, *x_hat_dtype, *output_mask;
   };
   const auto a = named<Objects>(arguments, count);
-  BackwardArguments<Layout> read{given(a.dz),          given(a.dh),
-                                 given(a.x),           given(a.h),
-                                 given(a.mean),        given(a.rstd),
-                                 given(a.gate),        given(a.weight),
-                                 given(a.bias),        given(a.scale),
-                                 given(a.shift),       given(a.seed),
-                                 a.normalized_shape,   number(a.dropout_p),
-                                 dtype(a.x_dtype),     dtype(a.residual_dtype),
-                                 dtype(a.x_hat_dtype), {}};
+  BackwardArguments<L> read{given(a.dz),          given(a.dh),
+                            given(a.x),           given(a.h),
+                            given(a.mean),        given(a.rstd),
+                            given(a.gate),        given(a.weight),
+                            given(a.bias),        given(a.scale),
+                            given(a.shift),       given(a.seed),
+                            a.normalized_shape,   number(a.dropout_p),
+                            dtype(a.x_dtype),     dtype(a.residual_dtype),
+                            dtype(a.x_hat_dtype), {}};
   for (int i = 0; i < 7; ++i)
     read.wanted[i] = flag(Ref(PySequence_GetItem(a.output_mask, i)).get());
   return read;
 }
 
-inline PyObject* outputs(const ForwardCall<Layout>& call) {
+template <class L>
+PyObject* outputs(const ForwardCall<L>& call) {
   return pack(call.z, call.h, call.mean, call.rstd);
 }
 
-template <class B>
-PyObject* outputs(const BackwardCall<B, Layout>& call) {
+template <class B, class L>
+PyObject* outputs(const BackwardCall<B, L>& call) {
   const auto& [dx, dresidual, dgate, dweight, dbias, dscale, dshift] = call.gradients;
   return pack(dx, dresidual, dgate, dweight, dbias, dscale, dshift);
 }

@@ -4,8 +4,8 @@
 
 #include <vector>
 
-#include "equation.h"
 #include "objects.h"
+#include "spacing.h"
 
 namespace fusednorm {
 
@@ -79,6 +79,20 @@ inline int64_t stride(PyObject* tensor, int dim) {
   return item(invoke(tensor, names().stride.get()).get(), dim);
 }
 
+inline std::vector<int64_t> integers(const Ref& tuple) {
+  std::vector<int64_t> result(PyTuple_Size(tuple.get()));
+  for (size_t i = 0; i < result.size(); ++i) result[i] = item(tuple.get(), Py_ssize_t(i));
+  return result;
+}
+
+inline std::vector<int64_t> sizes(PyObject* tensor) {
+  return integers(attribute(tensor, names().shape.get()));
+}
+
+inline std::vector<int64_t> strides(PyObject* tensor) {
+  return integers(invoke(tensor, names().stride.get()));
+}
+
 // Allocates a contiguous tensor of the shape of another.
 inline Ref empty_like(PyObject* tensor, DType dtype) {
   PyObject* const function = names().empty_like.get();
@@ -116,7 +130,8 @@ class Layout {
   }
 
   // Rows of the shape `normalized_shape`, a tuple, that `tensor` consists of.
-  Layout(PyObject* tensor, PyObject* normalized_shape) {
+  Layout(PyObject* tensor, PyObject* normalized_shape)
+      : normalized_dims_(PyTuple_Size(normalized_shape)) {
     for (Py_ssize_t i = 0; i < PyTuple_Size(normalized_shape); ++i)
       cols_ *= item(normalized_shape, i);
     const int64_t elements = integer(invoke(tensor, names().numel.get()).get());
@@ -134,18 +149,20 @@ class Layout {
   int64_t cols() const { return cols_; }
   bool is_empty() const { return rows_ == 0 || cols_ == 0; }
 
-  // M rows of N columns, copied where they are not evenly spaced or their columns not adjacent.
+  // M rows of N columns, copied where they cannot be described as they lie.
   Rows rows(PyObject* tensor) {
     if (tensor == nullptr) return {};
-    int64_t distance = cols_;
+    Rows found{nullptr, cols_, dtype_of(tensor)};
     if (!is_contiguous(tensor)) {
-      const Ref shape(
-          Py_BuildValue("LL", static_cast<long long>(rows_), static_cast<long long>(cols_)));
-      tensor = keep(invoke(tensor, names().reshape.get(), shape.get()));
-      if (cols_ > 1 && stride(tensor, 1) != 1) tensor = contiguous(tensor);
-      distance = stride(tensor, 0);
+      const auto size = sizes(tensor), stride = strides(tensor);
+      const int64_t dims = size.size();
+      if (!find_spacing(size.data(), stride.data(), dims, dims - normalized_dims_, found)) {
+        tensor = contiguous(tensor);
+        found = {nullptr, cols_, found.dtype};
+      }
     }
-    return {address(tensor), distance, dtype_of(tensor)};
+    found.data = address(tensor);
+    return found;
   }
 
   // Rows that have just been allocated, or none.
@@ -170,15 +187,16 @@ class Layout {
     return {address(tensor), distance, is_number, dtype_of(tensor)};
   }
 
+ protected:
+  PyObject* contiguous(PyObject* tensor) { return keep(invoke(tensor, names().contiguous.get())); }
+
  private:
   PyObject* keep(Ref copy) {
     kept_.push_back(std::move(copy));
     return kept_.back().get();
   }
 
-  PyObject* contiguous(PyObject* tensor) { return keep(invoke(tensor, names().contiguous.get())); }
-
-  int64_t rows_ = 0, cols_ = 1;
+  int64_t normalized_dims_, rows_ = 0, cols_ = 1;
   std::vector<Ref> kept_;
 };
 

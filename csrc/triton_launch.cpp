@@ -93,6 +93,11 @@ class Key {
   void put(const Rows& rows) {
     pointer(rows.data, rows.dtype);
     put(uint64_t(rows.stride));
+    for (const Jump& jump : rows.jumps) {
+      put(uint64_t(jump.every));
+      if (jump.every == 0) break;
+      put(uint64_t(jump.by));
+    }
   }
   void put(const Term& term) {
     pointer(term.data, term.dtype);
@@ -118,7 +123,7 @@ class Key {
   }
 
  private:
-  uint64_t words_[64];
+  uint64_t words_[96];
   size_t count_ = 0;
 };
 

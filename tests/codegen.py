@@ -95,6 +95,7 @@ class Job:
     cols: int
     rows: int = 0  # of x, or images; 0 for those of about ELEMENTS
     padding: int = 0
+    jumps: int = 0  # in how many places the rows that are read jump
     planted: str = ""
     terms: str = ""
     positions: int = 0  # of [rows, cols, positions], where that is what the launcher gets
@@ -284,6 +285,8 @@ def _variations() -> Iterator[Job]:
     for kind in ("forward", "backward"):
         job = dataclasses.replace(base, kind=kind)
         yield dataclasses.replace(job, padding=8)
+        for jumps in (1, 2):
+            yield dataclasses.replace(job, cols=128, jumps=jumps)
         yield dataclasses.replace(job, padding=1, planted="odd stride")
     yield dataclasses.replace(base, planted="one stage")
     for arch in ("sm_90", "gfx942"):
@@ -382,6 +385,9 @@ def _call_launcher(job: Job) -> None:
     if terms.gate or terms.modulation:
         rows -= rows % SAMPLES
     x = meta(rows, job.cols + job.padding)[:, : job.cols]
+    if job.jumps:  # heads of a packed projection, after their tokens or before them
+        x = meta(2, rows, 3, 5, job.cols)[:, :, 0]
+        x, rows = (x if job.jumps == 1 else x.transpose(1, 2)), 10 * rows
     weight = meta(*shape, dtype=DTYPES[job.parameters]) if terms.affine else None
     bias = None if terms.rms else weight
     gate, scale, shift = term(terms.gate), term(terms.modulation), term(terms.modulation)

@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 ACCURACY = "tests/test_accuracy.py"
 LAYOUTS = "tests/test_layouts.py"
+JUMPS = "tests/test_jumps.py"
 DROPOUT = "tests/test_dropout.py"
 TERMS = "tests/test_terms.py"
 USES = f"{TERMS}::test_uses"
@@ -210,16 +211,23 @@ MUTANTS = (
     Mutant(
         "row stride ignored",
         "tile.py",
-        "tl.multiple_of(rows * stride, VECTOR)",
-        "tl.multiple_of(rows * (stride // 2), VECTOR)",
+        "offsets = rows * stride\n",
+        "offsets = rows * (stride // 2)\n",
         f"{LAYOUTS}::test_layouts_of_x_and_dy",
     ),
     Mutant(
         "row offsets in 32 bits",
         "tile.py",
-        "return tl.multiple_of(rows * stride, VECTOR)[:, None]",
-        "return tl.multiple_of(rows * stride, VECTOR)[:, None].to(tl.int32)",
+        "return tl.multiple_of(offsets, VECTOR)[:, None]",
+        "return tl.multiple_of(offsets, VECTOR)[:, None].to(tl.int32)",
         f"{LAYOUTS}::test_rows_beyond_int32",
+    ),
+    Mutant(
+        "jumps at the wrong rows",
+        "tile.py",
+        "tl.umulhi(2 * rows, jumps[i])",
+        "tl.umulhi(2 * rows + 2, jumps[i])",
+        JUMPS,
     ),
     # Backward.
     Mutant(

@@ -50,14 +50,13 @@ TESTS = {
     "fusednorm.torch_operators": "test_torch_operators",
     "fusednorm.validation": "test_limits test_validation",
     "fusednorm.triton_kernels.config": "test_limits test_config",
-    "fusednorm.triton_kernels.launch": "test_limits test_dropout test_layouts",
+    "fusednorm.triton_kernels.launch": "test_limits test_dropout test_layouts test_jumps",
 }
 
 # What cannot be told from the original, with the reason.
 EQUIVALENT = {
     "autograd._recorder.record: torch.is_grad_enabled() and any((isinstance(value, Tensor) and "
     "value.req... -> torch.is_grad_enabled()": "records what has no gradient, which torch drops",
-    "launch.as_rows: x.stride(1) != 1 and cols != 1 -> x.stride(1) != 1": "copies a lone column",
 }
 
 OPPOSITES: dict[type, type] = {

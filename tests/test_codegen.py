@@ -302,7 +302,9 @@ def test_number_of_rows_is_not_compiled_in(rungs: list[Entry]) -> None:
     variants: dict[tuple[object, ...], dict[str, set[int]]] = {}
     for e in rungs:
         key = (e["arch"], e["kernel"], e["kind"], e["dtype"], e["parameters"], e["cols"])
-        kernels = variants.setdefault((*key, e["padding"], e["terms"], e["positions"]), {})
+        kernels = variants.setdefault(
+            (*key, e["padding"], e["jumps"], e["terms"], e["positions"]), {}
+        )
         kernels.setdefault(e["hash"], set()).add(e["rows"])
     assert any(len(set().union(*kernels.values())) > 1 for kernels in variants.values()), (
         "no kernel was compiled for two numbers of rows"

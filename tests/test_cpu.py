@@ -48,6 +48,15 @@ from test_dropout import (
     test_mask_is_the_published_one,
     test_rate_and_independence,
 )
+from test_jumps import (
+    test_dimensions_of_one,
+    test_first_and_second_derivatives,
+    test_no_rows,
+    test_one_column_and_long_rows,
+    test_right_and_as_copied,
+    test_right_with_every_term,
+    test_rows_have_the_bits_that_they_have_alone,
+)
 from test_layouts import (
     test_constant_rows,
     test_dy_expanded_from_one_number,

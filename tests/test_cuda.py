@@ -38,6 +38,7 @@ from test_dropout import (
     test_checkpoint_replays_the_mask,
     test_mask_is_the_published_one,
 )
+from test_jumps import test_right_and_as_copied
 from test_layouts import (
     test_constant_rows,
     test_dy_expanded_from_one_number,

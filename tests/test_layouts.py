@@ -132,10 +132,10 @@ def _assert_right(
     case: Case, ours: Function = fusednorm.layer_norm, theirs: Function = F.layer_norm
 ) -> None:
     """Assert that y and every gradient are right to within a few roundings."""
-    _assert_close_to(oracle(case), run(ours, case), run(theirs, case))
+    assert_close_to(oracle(case), run(ours, case), run(theirs, case))
 
 
-def _assert_close_to(truth: dict[str, np.ndarray], ours: Result, theirs: Result) -> None:
+def assert_close_to(truth: dict[str, np.ndarray], ours: Result, theirs: Result) -> None:
     truth = {name: truth[name] for name in ours}
     torch_errors = errors({name: theirs[name] for name in ours}, truth)
     for name, error in errors(ours, truth).items():
@@ -477,7 +477,7 @@ def test_nothing_outside_the_tensors_is_read_or_written(
     memory.assert_holds(*results.values())
     memory.assert_intact()
 
-    _assert_close_to(truth, results, torchs)
+    assert_close_to(truth, results, torchs)
 
 
 def _far_apart(values: Tensor, stride: int) -> Tensor:
@@ -529,7 +529,7 @@ def test_mixed_dtypes(
     results = run(fusednorm.layer_norm, case)
     dtypes = {name: tensor.dtype for name, tensor in results.items()}
     assert dtypes == {"y": x, "dx": x, "dweight": weight, "dbias": bias}
-    _assert_close_to(oracle(case), results, run(reference_layer_norm, case))
+    assert_close_to(oracle(case), results, run(reference_layer_norm, case))
 
 
 # Values

@@ -163,8 +163,8 @@ def _without_dz(streams, terms, sums, tile, C: tl.constexpr):
 # No value of M or of a stride may become part of what is compiled.
 @triton.jit(do_not_specialize=("dz_stride", "h_stride", "scale_stride", "rows_per_sample", "steps"))
 def layer_norm_bwd_sums_kernel(
-    dz_ptr,  # [M, N], rows dz_stride apart
-    h_ptr,  # [M, N], rows h_stride apart
+    dz_ptr,  # [M, N], rows dz_stride apart but for dz_jumps
+    h_ptr,  # [M, N], rows h_stride apart but for h_jumps
     weight_ptr,  # [N] or None
     scale_ptr,  # a vector [N] or a number for each sample, scale_stride apart, or None
     mean_ptr,  # [M], or None for RMS
@@ -172,7 +172,9 @@ def layer_norm_bwd_sums_kernel(
     c1_ptr,  # [M]
     c2_ptr,  # [M], or None for RMS
     dz_stride: tl.int64,
+    dz_jumps,  # `jump_arguments`, or None
     h_stride: tl.int64,
+    h_jumps,
     scale_stride: tl.int64,
     rows_per_sample: tl.int64,
     steps: tl.int32,  # chunks of a row; a constant would unroll the loop, and spill
@@ -195,8 +197,8 @@ def layer_norm_bwd_sums_kernel(
     if mean_ptr is not None:
         mean = load_column(mean_ptr, tile)
     streams = Streams(
-        h=Rows(h_ptr, row_offsets(row, h_stride, H_VECTOR)),
-        dz=Rows(dz_ptr, row_offsets(row, dz_stride, DZ_VECTOR)),
+        h=Rows(h_ptr, row_offsets(row, h_stride, H_VECTOR, h_jumps)),
+        dz=Rows(dz_ptr, row_offsets(row, dz_stride, DZ_VECTOR, dz_jumps)),
         dh=None,
         x=None,
         mean=mean,
@@ -227,10 +229,10 @@ def layer_norm_bwd_sums_kernel(
     )
 )
 def layer_norm_bwd_kernel(
-    dz_ptr,  # [M, N], rows dz_stride apart, or None where z was not used
-    dh_ptr,  # [M, N], rows dh_stride apart, or None where h was not used
-    h_ptr,  # [M, N], rows h_stride apart
-    x_ptr,  # [M, N], rows x_stride apart; None unless dgate is wanted
+    dz_ptr,  # [M, N], rows dz_stride apart but for dz_jumps, or None where z was not used
+    dh_ptr,  # likewise, or None where h was not used
+    h_ptr,  # likewise
+    x_ptr,  # likewise; None unless dgate is wanted
     gate_ptr,  # a vector [N] or a number for each sample, gate_stride apart, or None
     weight_ptr,  # [N] or None
     scale_ptr,  # as gate
@@ -246,9 +248,13 @@ def layer_norm_bwd_kernel(
     dgate_ptr,  # [programs, N] partials, or None
     M: tl.int64,
     dz_stride: tl.int64,
+    dz_jumps,  # `jump_arguments`, or None
     dh_stride: tl.int64,
+    dh_jumps,
     h_stride: tl.int64,
+    h_jumps,
     x_stride: tl.int64,
+    x_jumps,
     gate_stride: tl.int64,
     scale_stride: tl.int64,
     rows_per_sample: tl.int64,
@@ -316,10 +322,10 @@ def layer_norm_bwd_kernel(
         if mean_ptr is not None:
             mean = load_column(mean_ptr, tile)
         streams = Streams(
-            h=Rows(h_ptr, row_offsets(rows, h_stride, H_VECTOR)),
-            dz=Rows(dz_ptr, row_offsets(rows, dz_stride, DZ_VECTOR)),
-            dh=Rows(dh_ptr, row_offsets(rows, dh_stride, DH_VECTOR)),
-            x=Rows(x_ptr, row_offsets(rows, x_stride, X_VECTOR)),
+            h=Rows(h_ptr, row_offsets(rows, h_stride, H_VECTOR, h_jumps)),
+            dz=Rows(dz_ptr, row_offsets(rows, dz_stride, DZ_VECTOR, dz_jumps)),
+            dh=Rows(dh_ptr, row_offsets(rows, dh_stride, DH_VECTOR, dh_jumps)),
+            x=Rows(x_ptr, row_offsets(rows, x_stride, X_VECTOR, x_jumps)),
             mean=mean,
             rstd=load_column(rstd_ptr, tile),
             dx=dx_ptr,
@@ -405,7 +411,7 @@ def layer_norm_bwd(
     terms = launch.terms(rows, cols, gate, scale, shift)
     weight, bias = launch.vector(weight), launch.vector(bias)
     dz_rows, dh_rows, h_rows, x_rows = streams = [
-        launch.as_rows(tensor, rows, cols)
+        launch.as_rows(tensor, normalized_shape)
         for tensor in (dz, dh if through_rows else None, h, x if dgate is not None else None)
     ]
 
@@ -459,10 +465,7 @@ def layer_norm_bwd(
             dresidual,
             *partials,
             rows,
-            dz_rows.stride,
-            dh_rows.stride,
-            h_rows.stride,
-            x_rows.stride,
+            *(value for stream in streams for value in (stream.stride, stream.jumps)),
             *terms.strides[:2],
             terms.rows_per_sample,
             programs_per_sample,
@@ -516,7 +519,8 @@ def _launch_sums(
     arch: Architecture,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return c1 and c2 of every row, as the split form needs them."""
-    rows, cols = h.tensor.shape
+    rows = rstd.numel()
+    cols = h.tensor.numel() // rows
     c1 = plans.scratch(rstd, rows)
     c2 = None if mean is None else plans.scratch(rstd, rows)
     plans.start(
@@ -531,7 +535,9 @@ def _launch_sums(
         c1,
         c2,
         dz.stride,
+        dz.jumps,
         h.stride,
+        h.jumps,
         terms.strides[1],
         terms.rows_per_sample,
         -(-cols // tile.block_n),

@@ -35,8 +35,8 @@ from .tile import Dropout, Rows, Term, Tile, constants, corrects_mean, row_offse
     )
 )
 def layer_norm_fwd_kernel(
-    x_ptr,  # [M, N], rows x_stride apart
-    residual_ptr,  # [M, N], rows residual_stride apart, or None
+    x_ptr,  # [M, N], rows x_stride apart but for x_jumps
+    residual_ptr,  # [M, N], rows residual_stride apart but for residual_jumps, or None
     gate_ptr,  # a vector [N] or a number for each sample, gate_stride apart, or None
     weight_ptr,  # [N] or None
     bias_ptr,  # [N] or None
@@ -49,7 +49,9 @@ def layer_norm_fwd_kernel(
     rstd_ptr,  # [M], or None where nothing needs a gradient
     M: tl.int64,
     x_stride: tl.int64,
+    x_jumps,  # `jump_arguments`, or None
     residual_stride: tl.int64,
+    residual_jumps,
     gate_stride: tl.int64,
     scale_stride: tl.int64,
     shift_stride: tl.int64,
@@ -88,8 +90,8 @@ def layer_norm_fwd_kernel(
         samples = tl.minimum(rows, M - 1) // rows_per_sample
     tile = Tile(rows, M, samples, 0)
     stream = Stream(
-        Rows(x_ptr, row_offsets(rows, x_stride, X_VECTOR)),
-        Rows(residual_ptr, row_offsets(rows, residual_stride, RESIDUAL_VECTOR)),
+        Rows(x_ptr, row_offsets(rows, x_stride, X_VECTOR, x_jumps)),
+        Rows(residual_ptr, row_offsets(rows, residual_stride, RESIDUAL_VECTOR, residual_jumps)),
         Term(gate_ptr, gate_ptr if GATE_SCALAR else None, gate_stride),
         Dropout(seed_ptr, drop_below, inverse_keep),
         Rows(None, None),
@@ -130,8 +132,8 @@ def layer_norm_fwd(
     """Run the forward kernel.
 
     Args:
-        x: [*, *normalized_shape], any strides; copied once where rows are not evenly spaced or
-            columns not adjacent.
+        x: [*, *normalized_shape], any strides; copied once where columns are not adjacent or rows
+            jump in more than two places.
         residual: Of x's shape, any float dtype and strides, or None.
         gate: [1 or S, N or 1] with S samples of M / S consecutive rows each, or None.
         weight: N elements of any float dtype, or None.
@@ -164,7 +166,7 @@ def layer_norm_fwd(
         mean = None if rms else torch.empty_like(rstd)
     if z.numel() == 0:
         return z, h, mean, rstd
-    x_rows, residual_rows = (launch.as_rows(t, rows, cols) for t in (x, residual))
+    x_rows, residual_rows = (launch.as_rows(t, normalized_shape) for t in (x, residual))
     terms = launch.terms(rows, cols, gate, scale, shift)
     gate, scale, shift = terms.tensors
     arch = launch.architecture(x.device)
@@ -188,7 +190,9 @@ def layer_norm_fwd(
             rstd,
             rows,
             x_rows.stride,
+            x_rows.jumps,
             residual_rows.stride,
+            residual_rows.jumps,
             *terms.strides,
             terms.rows_per_sample,
             -(-cols // tile.block_n),

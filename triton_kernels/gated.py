@@ -151,7 +151,7 @@ def gated_norm_fwd(
         mean = None if rms else torch.empty_like(rstd)
     if z.numel() == 0:
         return z, mean, rstd
-    x_rows, gate_rows = (launch.as_rows(t, rows, cols) for t in (x, gate_input))
+    x_rows, gate_rows = (launch.even_rows(t, normalized_shape) for t in (x, gate_input))
     arch = launch.architecture(x.device)
     config = forward_config(group_size, launch.itemsize(compute, z), arch)
     tile = config.tile
@@ -516,7 +516,7 @@ def gated_norm_bwd(
     dx, dgate, dweight, dbias = gradients
     groups = cols // group_size
     weight, bias = launch.vector(weight), launch.vector(bias)
-    streams = [launch.as_rows(tensor, rows, cols) for tensor in (dz, x, gate_input)]
+    streams = [launch.even_rows(tensor, normalized_shape) for tensor in (dz, x, gate_input)]
     arch = launch.architecture(x.device)
     written = (dx, dgate) if dx is not None or dgate is not None else (x,)
     config = backward_config(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ import triton
 import triton.language as tl
 
 from .config import Architecture, vector_elements
+from .tile import MOST_ROWS, jump_arguments
 
 TRITON_DTYPE = {
     torch.float16: tl.float16,
@@ -68,26 +70,58 @@ class Rows(NamedTuple):
     """A tensor as the kernels index it.
 
     Attributes:
-        tensor: [M, N] with adjacent columns, or None.
+        tensor: Of M x N elements, the columns of a row adjacent, or None.
         stride: Elements from one row to the next; a lone row has the stride that it would have in
             a batch.
+        jumps: `jump_arguments`; None where there are none, which costs a kernel nothing.
         vector: Elements that may be loaded at once.
     """
 
     tensor: torch.Tensor | None
     stride: int
+    jumps: tuple[int, ...] | None
     vector: int
 
 
-def as_rows(x: torch.Tensor | None, rows: int, cols: int) -> Rows:
-    """Return a tensor of M x N elements: a view if its strides allow one, else a copy."""
+MOST_JUMPS = 2
+"""What the extension has room for: a packed projection has one, its heads transposed have two."""
+
+
+def as_rows(x: torch.Tensor | None, normalized_shape: tuple[int, ...]) -> Rows:
+    """Return a tensor as it lies; copied where columns are not adjacent or jumps are too many.
+
+    Rows with jumps are copied, too, where there are more than `MOST_ROWS`.
+    """
     if x is None:
-        return Rows(None, 0, 1)
-    x = x.reshape(rows, cols)
-    if x.stride(1) != 1 and cols != 1:
-        x = x.contiguous()
-    stride = x.stride(0) if rows > 1 else cols
-    return Rows(x, stride, vector_elements(stride, x.element_size()))
+        return Rows(None, 0, None, 1)
+    leading = x.dim() - len(normalized_shape)
+    dims = list(zip(x.shape, x.stride(), strict=True))
+    expected = 1  # the stride with which a dimension goes on as those inside of it
+    for size, stride in reversed(dims[leading:]):
+        if size != 1 and stride != expected:
+            return as_rows(x.contiguous(), normalized_shape)
+        expected *= size
+    apart, inside = expected, 1
+    jumps: list[int] = []
+    for size, stride in reversed(dims[:leading]):
+        if size == 1:
+            continue
+        if inside == 1:
+            apart = stride
+        elif stride != expected:
+            jumps += (inside, stride - expected)
+        inside *= size
+        expected = stride * size
+    if len(jumps) > 2 * MOST_JUMPS or (jumps and inside > MOST_ROWS):
+        return as_rows(x.contiguous(), normalized_shape)
+    vector = vector_elements(math.gcd(apart, *jumps[1::2]), x.element_size())
+    return Rows(x, apart, jump_arguments(jumps), vector)
+
+
+def even_rows(x: torch.Tensor, normalized_shape: tuple[int, ...]) -> Rows:
+    """Return a tensor as rows without jumps: as it lies if it can be, else copied."""
+    found = as_rows(x, normalized_shape)
+    return found if found.jumps is None else as_rows(x.contiguous(), normalized_shape)
 
 
 def itemsize(compute: torch.dtype, *written: torch.Tensor | None) -> int:

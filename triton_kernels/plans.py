@@ -125,12 +125,12 @@ def _refused(name: str, grid: tuple[int, ...], error: RuntimeError) -> RuntimeEr
 
 
 class Argument(NamedTuple):
-    """An argument of a kernel: a number, or the address of a tensor and an offset.
+    """An argument of a kernel: numbers, or the address of a tensor and an offset.
 
     Attributes:
         place: Of the tensor: of those that a launcher takes, those that it returns, and its
-            scratch; -1 for a number.
-        value: The number, the offset in bytes, or None in the place of a constant.
+            scratch; -1 for numbers.
+        value: The number or the tuple of them, the offset in bytes, or None for a constant.
     """
 
     place: int
@@ -204,7 +204,7 @@ def plan_of(
             input = name.removesuffix("_ptr")
             if kind == "constexpr":
                 arguments.append(Argument(-1, None))
-            elif not kind.startswith("*"):
+            elif type(kind) is tuple or not kind.startswith("*"):
                 arguments.append(Argument(-1, given[index]))
             elif (address := given[index].data_ptr()) in places:
                 arguments.append(places[address])
@@ -238,8 +238,11 @@ def _hand_over(key: bytes, plan: Plan) -> None:
             return
         arguments = []
         for kind, (place, value) in zip(compiled.src.signature.values(), planned, strict=True):
-            if kind != "constexpr":
-                word = struct.pack("<q" if place >= 0 else _FORMATS[kind], value)
+            if kind == "constexpr":
+                continue
+            numbers = zip(kind, value, strict=True) if type(kind) is tuple else ((kind, value),)
+            for each, number in numbers:
+                word = struct.pack("<q" if place >= 0 else _FORMATS[each], number)
                 arguments.append((place, int.from_bytes(word, "little")))
         arguments += [(-1, 0)] * 2  # Triton's own scratch, global and of its profiler
         threads = metadata.num_warps * metadata.warp_size

@@ -66,7 +66,7 @@ ALWAYS_INLINE int64_t bytes(DType dtype) {
 
 ALWAYS_INLINE Row row_of(const Rows& rows, int64_t row) {
   if (rows.data == nullptr) return {};
-  return {static_cast<char*>(rows.data) + row * rows.stride * bytes(rows.dtype), rows.dtype};
+  return {static_cast<char*>(rows.data) + rows.offset(row) * bytes(rows.dtype), rows.dtype};
 }
 
 template <class C>
@@ -76,17 +76,31 @@ constexpr DType dtype_of = std::is_same_v<C, double> ? DType::f64 : DType::f32;
 template <class C, class T>
 constexpr bool computes = std::is_same_v<C, double> == std::is_same_v<T, double>;
 
+ALWAYS_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
+
 // Rows that are worked on together, to share loads and to wait together for their sums. Their bits
 // do not depend on it.
 constexpr int group = 4;
 
-// Whether so many are: where rows are a multiple of 2048 bytes apart, their columns take the same
-// one or two places in the first cache, which has eight of each at best.
-ALWAYS_INLINE bool in_groups(const Rows& rows) {
-  return rows.data == nullptr || rows.stride * bytes(rows.dtype) % 2048 != 0;
+// Whether so many are: where long rows are a multiple of 2048 bytes apart, their columns take the
+// same one or two places in the first cache, which has eight of each at best.
+ALWAYS_INLINE bool in_groups(const Rows& rows, int64_t cols) {
+  const int64_t size = bytes(rows.dtype);
+  return rows.data == nullptr || rows.stride * size % 2048 != 0 || cols * size <= 512;
 }
 
-ALWAYS_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
+// Asks for the rows of the next group, of long ones for the beginning: where rows are far apart,
+// nothing else reads ahead.
+ALWAYS_INLINE void read_ahead(const Rows& rows, int64_t row, int64_t count, int64_t end,
+                              int64_t cols) {
+  if (rows.data == nullptr || rows.stride == cols) return;
+  constexpr int64_t line = 64, most = 1024;
+  for (int64_t next = row + group; next < min_of(row + group + count, end); ++next) {
+    const char* const data = row_of(rows, next).data;
+    for (int64_t at = 0; at < min_of(cols * bytes(rows.dtype), most); at += line)
+      __builtin_prefetch(data + at);
+  }
+}
 
 // Whether whole vectors of these rows, which are not read again soon, can be stored past the cache.
 template <class C, class T>
@@ -416,16 +430,19 @@ class Normalization {
       using T = decltype(type);
       if constexpr (computes<C, T>) {
         constexpr int64_t near = 16384;  // bytes of h that stay in the first cache
-        if (!p_.dropout.seed && group * cols_ * int64_t(sizeof(T)) <= near && in_groups(p_.x))
-          for (; row + group <= end; row += group) run_group<T, group>(row);
-        for (; row < end; ++row) run_group<T, 1>(row);
+        if (!p_.dropout.seed && group * cols_ * int64_t(sizeof(T)) <= near &&
+            in_groups(p_.x, cols_))
+          for (; row + group <= end; row += group) run_group<T, group>(row, end);
+        for (; row < end; ++row) run_group<T, 1>(row, end);
       }
     });
     return row;
   }
 
   template <class T, int R>
-  void run_group(int64_t row) {
+  void run_group(int64_t row, int64_t end) {
+    read_ahead(p_.x, row, R, end, cols_);
+    read_ahead(p_.residual, row, R, end, cols_);
     T* z[R];
     for (int r = 0; r < R; ++r) z[r] = row_of(p_.z, row + r).template as<T>();
     const bool streamed = may_stream<C, T>(p_.z, cols_);
@@ -693,17 +710,20 @@ class Differentiation {
       using T = decltype(type);
       if constexpr (computes<C, T>) {
         const bool streamed = may_stream<C, T>(p_.dx, cols_);
-        if (in_groups(p_.h) && in_groups(p_.dz))
-          for (; row + group <= end; row += group) run_group<T, group>(row, streamed);
-        for (; row + 2 <= end; row += 2) run_group<T, 2>(row, streamed);
-        for (; row < end; ++row) run_group<T, 1>(row, streamed);
+        if (in_groups(p_.h, cols_) && in_groups(p_.dz, cols_))
+          for (; row + group <= end; row += group) run_group<T, group>(row, end, streamed);
+        for (; row + 2 <= end; row += 2) run_group<T, 2>(row, end, streamed);
+        for (; row < end; ++row) run_group<T, 1>(row, end, streamed);
       }
     });
     return row;
   }
 
   template <class T, int R>
-  void run_group(int64_t row, bool streamed) {
+  void run_group(int64_t row, int64_t end, bool streamed) {
+    read_ahead(p_.dz, row, R, end, cols_);
+    read_ahead(p_.h, row, R, end, cols_);
+    read_ahead(p_.dh, row, R, end, cols_);
     const T *dz[R], *h[R], *dh[R];
     T* dx[R];
     Statistics<C> stats[R];

@@ -297,6 +297,20 @@ def test_no_number_of_rows_compiles_anything() -> None:
         assert len(loads) == 1
 
 
+def test_no_place_of_a_jump_compiles_anything() -> None:
+    """How many jumps there are is compiled in, not where, nor how far they go."""
+    x, *rest = forward(Use("layer_norm", cols=64, rows=1)).arguments
+    for repeater in ("triton", *REPEATERS):
+        loads = set()
+        for length, heads in ((3, 4), (16, 16), (2, 15), (1000, 2), (2, 40_000)):
+            packed = x.new_empty(2, length, 3, heads, 64)[:, :, 0]
+            with fake_gpu.serving(repeater):
+                layer_norm_fwd(packed, *rest)
+                layer_norm_fwd(packed.transpose(1, 2), *rest)
+            loads.add(fake_gpu.loads())
+        assert len(loads) == 1
+
+
 @pytest.mark.parametrize("repeater", ["triton", *REPEATERS])
 def test_a_refused_launch_names_kernel_grid_and_reason(repeater: str) -> None:
     """One error, whoever started it."""

@@ -38,6 +38,7 @@ class Use:
     modulation: str = ""
     x_hat: str = ""
     padding: int = 0  # elements between the rows of x and of dz
+    jumps: int = 0  # in how many places the rows of x, h and dz jump, up to 2
     trained: bool = True  # whether the parameters and terms need a gradient
     no_dz: bool = False  # only h is differentiated
     gated: str = ""  # first or last: a gated norm, in four groups
@@ -65,6 +66,8 @@ TERMS = (
     Use("float32_parameters", parameters="float32"),
     Use("frozen", trained=False),
     Use("padded", padding=3),
+    Use("packed_heads", cols=128, jumps=1),
+    Use("packed_by_head", cols=128, jumps=2, rms=True),
     Use("rounded_x_hat", rms=True, x_hat="bfloat16"),
     Use("dropout", residual=True, dropout_p=0.1),
     Use("float32_stream", residual=True, stream="float32"),
@@ -78,7 +81,7 @@ TERMS = (
     _EVERYTHING,
 )
 _SELECTION = (
-    *TERMS[:8],
+    *TERMS[:10],
     Use("ada_ln", affine=False, modulation="sampled"),
     Use("drop_path", residual=True, gate="number", dtype="float16"),
     Use("only_h", residual=True, dropout_p=0.1, no_dz=True),
@@ -127,14 +130,14 @@ def forward(use: Use, *, save_stats: bool = True) -> Call:
 def backward(use: Use) -> Call:
     """Return a call of the backward launcher."""
     dtype, stream = DTYPES[use.dtype], _stream(use)
-    size = use.rows, use.cols
     statistics = torch.float64 if torch.float64 in (dtype, stream) else torch.float32
     rstd = torch.ones(use.rows, dtype=statistics)
-    h = torch.ones(size, dtype=stream or dtype)
+    rows = _rows(replace(use, padding=0))
+    h = rows if stream is None else torch.ones(rows.shape, dtype=stream)
     tensors: dict[str, Tensor | None] = {
         "dz": None if use.no_dz else _rows(use),
         "dh": None if stream is None else torch.ones_like(h),
-        "x": torch.ones(size, dtype=dtype),
+        "x": rows.clone(),
         "h": h,
         "mean": None if use.rms else rstd.clone(),
         "rstd": rstd,
@@ -197,6 +200,10 @@ def _planes(use: Use) -> Tensor:
 
 
 def _rows(use: Use) -> Tensor:
+    if use.jumps:
+        # Heads of a packed projection: [tokens, heads, N], or [2, heads, tokens of each, N].
+        packed = torch.ones(2, use.rows // 8, 3, 4, use.cols, dtype=DTYPES[use.dtype])[:, :, 1]
+        return packed.flatten(0, 1) if use.jumps == 1 else packed.transpose(1, 2)
     padded = torch.ones(use.rows, use.cols + use.padding, dtype=DTYPES[use.dtype])
     return padded[:, : use.cols]
 
