@@ -95,9 +95,11 @@ ALWAYS_INLINE bool in_groups(const Rows& rows) {
 ALWAYS_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // Whether whole vectors of these rows, which are not read again soon, can be stored past the cache.
+// Not where many short rows are written at a time: lines that are left half written cost more.
 template <class C, class T>
 ALWAYS_INLINE bool may_stream(const Rows& rows, int64_t cols) {
-  return rows.beyond_cache && cols % lanes<C> == 0 &&
+  const bool leaves_halves = sizeof(T) < sizeof(C) && cols <= short_cols;
+  return rows.beyond_cache && !leaves_halves && cols % lanes<C> == 0 &&
          reinterpret_cast<uintptr_t>(rows.data) % (lanes<C> * sizeof(T)) == 0;
 }
 
@@ -142,8 +144,7 @@ ALWAYS_INLINE void sum_columns(int64_t cols, VectorOf<double, R> (&totals)[K], F
         row_sums[k][r] = (sums[0][k] + sums[1][k]) + (sums[2][k] + sums[3][k]);
     }
     for (int k = 0; k < K; ++k)
-      totals[k] += __builtin_convertvector((add_lanes_of<C, R>(row_sums[k])),
-                                           VectorOf<double, R>);
+      totals[k] += __builtin_convertvector((add_lanes_of<C, R>(row_sums[k])), VectorOf<double, R>);
   }
 }
 
@@ -486,13 +487,13 @@ class Normalization {
   template <class X, class H, class Z>
   int64_t run_groups(int64_t row, int64_t end) {
     constexpr int64_t near = 16384;  // bytes of h that stay in the first cache
-    if constexpr (std::is_same_v<X, H> && std::is_same_v<X, Z>)
-      if (!p_.dropout.seed && group * cols_ * int64_t(sizeof(H)) <= near && in_groups(p_.x)) {
+    constexpr bool one_type = std::is_same_v<X, H> && std::is_same_v<X, Z>;
+    if (!p_.dropout.seed && group * cols_ * int64_t(sizeof(H)) <= near && in_groups(p_.x)) {
+      if constexpr (one_type)
         if (cols_ <= short_cols)
-          for (; row + short_group <= end; row += short_group)
-            run_group<X, H, Z, short_group>(row);
-        for (; row + group <= end; row += group) run_group<X, H, Z, group>(row);
-      }
+          for (; row + short_group <= end; row += short_group) run_group<X, H, Z, short_group>(row);
+      for (; row + group <= end; row += group) run_group<X, H, Z, group>(row);
+    }
     for (; row < end; ++row) run_group<X, H, Z, 1>(row);
     return row;
   }
@@ -811,7 +812,6 @@ class Differentiation {
     }
     if (through_row) leave_stream(row, total);
   }
-
 
   // From the gradient of h by the norm, `total`, or null, to those of residual, gate and x.
   void leave_stream(int64_t row, const C* total) {

@@ -10,6 +10,8 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 namespace {
@@ -64,6 +66,8 @@ ALWAYS_INLINE Vector<float> multiply_add(Vector<float> a, Vector<float> b, Vecto
   return Vector<float>(_mm512_fmadd_ps(a, b, c));
 #elif defined(__FMA__)
   return Vector<float>(_mm256_fmadd_ps(a, b, c));
+#elif defined(__aarch64__)
+  return Vector<float>(vfmaq_f32(float32x4_t(c), float32x4_t(a), float32x4_t(b)));
 #else
   return a * b + c;
 #endif
@@ -73,6 +77,8 @@ ALWAYS_INLINE Vector<double> multiply_add(Vector<double> a, Vector<double> b, Ve
   return Vector<double>(_mm512_fmadd_pd(a, b, c));
 #elif defined(__FMA__)
   return Vector<double>(_mm256_fmadd_pd(a, b, c));
+#elif defined(__aarch64__)
+  return Vector<double>(vfmaq_f64(float64x2_t(c), float64x2_t(a), float64x2_t(b)));
 #else
   return a * b + c;
 #endif
@@ -138,6 +144,9 @@ ALWAYS_INLINE VectorOf<float, n> widen(VectorOf<uint16_t, n> bits, f16) {
 #if defined(__F16C__)
   if constexpr (n == 8) return VectorOf<float, n>(_mm256_cvtph_ps(bits_as<__m128i>(bits)));
 #endif
+#if defined(__aarch64__)
+  if constexpr (n == 4) return VectorOf<float, n>(vcvt_f32_f16(bits_as<float16x4_t>(bits)));
+#endif
   using Words = VectorOf<uint32_t, n>;
   using Floats = VectorOf<float, n>;
   const Words words = __builtin_convertvector(bits, Words);
@@ -158,6 +167,9 @@ ALWAYS_INLINE VectorOf<uint16_t, n> narrow(VectorOf<float, n> value, f16) {
 #if defined(__F16C__)
   if constexpr (n == 8)
     return bits_as<VectorOf<uint16_t, n>>(_mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));
+#endif
+#if defined(__aarch64__)
+  if constexpr (n == 4) return bits_as<VectorOf<uint16_t, n>>(vcvt_f16_f32(float32x4_t(value)));
 #endif
   using Words = VectorOf<uint32_t, n>;
   using Floats = VectorOf<float, n>;
@@ -319,8 +331,8 @@ ALWAYS_INLINE VectorOf<C, R> add_lanes_of(const Vector<C> (&of)[R]) {
     const __m256 even = halves(of[0], of[2]), odd = halves(of[1], of[3]);
     const __m256 pairs = _mm256_shuffle_ps(even, odd, 0x44) + _mm256_shuffle_ps(even, odd, 0xEE);
     const __m256 sums = pairs + _mm256_permute_ps(pairs, 0xB1);
-    return VectorOf<C, R>(_mm_shuffle_ps(_mm256_castps256_ps128(sums),
-                                         _mm256_extractf128_ps(sums, 1), 0x88));
+    return VectorOf<C, R>(
+        _mm_shuffle_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1), 0x88));
 #endif
   }
   VectorOf<C, R> sums;
