@@ -504,11 +504,14 @@ class Normalization {
     for (int r = 0; r < R; ++r) z[r] = row_of(p_.z, row + r).template as<Z>();
     const bool streamed = may_stream<C, Z>(p_.z, cols_);
     Statistics<C> statistics[R];
-    if (p_.h_dtype == DType::none) {
-      StoredRows<C, X, R> source;
-      for (int r = 0; r < R; ++r) source.h[r] = row_of(p_.x, row + r).template as<X>();
-      normalize<C, R, Z>(source, z, cols_, p_.rms, p_.eps, affine_, streamed, statistics);
-    } else {
+    const bool formed = !std::is_same_v<X, H> || p_.h_dtype != DType::none;
+    if constexpr (std::is_same_v<X, H>)
+      if (!formed) {
+        StoredRows<C, X, R> source;
+        for (int r = 0; r < R; ++r) source.h[r] = row_of(p_.x, row + r).template as<X>();
+        normalize<C, R, Z>(source, z, cols_, p_.rms, p_.eps, affine_, streamed, statistics);
+      }
+    if (formed) {
       FormedRows<C, X, H, R> source;
       const bool streams_h = p_.h.data && may_stream<C, H>(p_.h, cols_);
       source.gate = gate_;
