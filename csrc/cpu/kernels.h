@@ -82,8 +82,8 @@ constexpr bool computes = std::is_same_v<C, double> == std::is_same_v<T, double>
 // Rows that are worked on together, to share loads and to wait together for their sums. Their bits
 // do not depend on it.
 constexpr int group = 4;
-// Of so few columns that waiting takes longer than working.
-constexpr int short_group = 8;
+// Of so few columns that waiting takes longer than working, where there are registers for more.
+constexpr int short_group = register_bytes == 64 ? 8 : group;
 constexpr int64_t short_cols = 128;
 
 // Whether so many are: where rows are a multiple of 2048 bytes apart, their columns take the same
