@@ -310,13 +310,15 @@ ALWAYS_INLINE void normalize(const Source& source, Z* const (&z)[R], int64_t col
   using Exact = VectorOf<double, R>;
   VectorOf<C, R> centres{};
   Exact totals[2];
+  // Short rows are formed by then. A second loop beside it makes the first slower for long ones.
+  constexpr bool forms_early = Source::forms && R == short_group;
   bool formed = false;
   if (!rms) {
     centres = near_means<C, R>(source, cols);
-    formed = Source::forms && cols <= near_pieces * lanes<C>;
+    formed = forms_early && cols <= near_pieces * lanes<C>;
   }
   if (formed)
-    sum_centred<C, R>(source, cols, centres, totals, std::bool_constant<Source::forms>{});
+    sum_centred<C, R>(source, cols, centres, totals, std::bool_constant<forms_early>{});
   else
     sum_centred<C, R>(source, cols, centres, totals, std::false_type{});
   const double count = double(cols);
