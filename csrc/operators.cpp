@@ -68,11 +68,27 @@ Statistic new_statistic(Span shape, int64_t rows, DType dtype) {
   return {Tensor(front), static_cast<char*>(boxed::address(front)) + exact_offset(rows)};
 }
 
-void round(const void* exact, AtenTensorHandle to, int64_t rows) {
-  const DType dtype = boxed::dtype_of(to);
-  if (!boxed::is_half(dtype)) return;
-  const cpu::Fold fold{exact, rows, 1, DType::f32, boxed::address(to), false, dtype};
+void round(const void* exact, void* to, DType dtype, int64_t rows) {
+  const cpu::Fold fold{exact, rows, 1, DType::f32, to, false, dtype};
   cpu::kernels().fold(fold, 0, 0, rows);
+}
+
+void round(const Statistic& statistic, int64_t rows) {
+  const DType dtype = boxed::dtype_of(statistic.tensor.get());
+  if (boxed::is_half(dtype))
+    round(statistic.exact, boxed::address(statistic.tensor.get()), dtype, rows);
+}
+
+// Whether `rows` numbers round to what was given.
+bool rounds_to(const char* given, const char* exact, DType dtype, int64_t rows) {
+  constexpr int64_t step = 256;
+  uint16_t rounded[step];
+  for (int64_t row = 0; row < rows; row += step) {
+    const int64_t count = std::min(step, rows - row);
+    round(exact + 4 * row, rounded, dtype, count);
+    if (memcmp(given + 2 * row, rounded, 2 * count) != 0) return false;
+  }
+  return true;
 }
 
 // Returns a statistic in C; null for a tensor that is none of these rows.
@@ -86,12 +102,9 @@ const void* exact_statistic(AtenTensorHandle given, DType compute, Layout& layou
   int64_t bytes, offset;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(given, &bytes));
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(given, &offset));
-  if (offset == 0 && bytes == exact_offset(rows) + 4 * rows) {
-    const Tensor rounded = boxed::empty({&rows, 1}, dtype);
-    round(data + exact_offset(rows), rounded.get(), rows);
-    if (memcmp(data, boxed::address(rounded.get()), 2 * rows) == 0)
-      return data + exact_offset(rows);
-  }
+  if (offset == 0 && bytes == exact_offset(rows) + 4 * rows &&
+      rounds_to(data, data + exact_offset(rows), dtype, rows))
+    return data + exact_offset(rows);
   return boxed::address(layout.keep(boxed::contiguous(given, compute)));
 }
 
@@ -188,13 +201,13 @@ bool OnCpu::forward(Stack& stack, const Norm& norm, double eps, bool rms) {
   p.mean = mean.exact;
   p.rstd = rstd.exact;
   cpu::run(p);
-  round(rstd.exact, rstd.tensor.get(), p.rows);
+  round(rstd, p.rows);
   if (rms) {
     Tensor results[] = {std::move(z), std::move(rstd.tensor)};
     stack.finish(results);
     return true;
   }
-  round(mean.exact, mean.tensor.get(), p.rows);
+  round(mean, p.rows);
   Tensor results[] = {std::move(z), std::move(mean.tensor), std::move(rstd.tensor)};
   stack.finish(results);
   return true;

@@ -47,8 +47,11 @@ ALWAYS_INLINE Vector<C> sigmoid(Vector<C> gate) {
 // Rows of x * silu(gate), kept in C.
 template <class C, class T>
 struct GatedRows {
+  static constexpr bool forms = true;
   const T *x, *gate;
   C* product;
+
+  ALWAYS_INLINE GatedRows one(int) const { return *this; }
 
   template <class P>
   ALWAYS_INLINE Vector<C> load(int, int64_t col, P part) const {

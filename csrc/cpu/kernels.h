@@ -30,13 +30,15 @@ class Buffer {
   explicit Buffer(int64_t size) : size_(size) {}
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
-  ~Buffer() { free(data_); }
+  ~Buffer() { free(memory_); }
 
   C* get() {
     if (data_ == nullptr) {
+      // Small blocks that are asked for with an alignment take longest of a small call.
       constexpr size_t line = 64;
-      data_ = static_cast<C*>(aligned_alloc(line, (size_ * sizeof(C) + line - 1) / line * line));
-      if (data_ == nullptr) abort();
+      memory_ = malloc(size_ * sizeof(C) + line);
+      if (memory_ == nullptr) abort();
+      data_ = reinterpret_cast<C*>((reinterpret_cast<uintptr_t>(memory_) + line - 1) / line * line);
     }
     return data_;
   }
@@ -45,6 +47,7 @@ class Buffer {
 
  private:
   int64_t size_;
+  void* memory_ = nullptr;
   C* data_ = nullptr;
 };
 
@@ -81,6 +84,9 @@ ALWAYS_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 // Rows that are worked on together, to share loads and to wait together for their sums. Their bits
 // do not depend on it.
 constexpr int group = 4;
+// Of so few columns that waiting takes longer than working, where there are registers for more.
+constexpr int short_group = register_bytes == 64 ? 8 : group;
+constexpr int64_t short_cols = 128;
 
 // Whether so many are: where long rows are a multiple of 2048 bytes apart, their columns take the
 // same one or two places in the first cache, which has eight of each at best.
@@ -95,7 +101,8 @@ ALWAYS_INLINE void read_ahead(const Rows& rows, int64_t row, int64_t count, int6
                               int64_t cols) {
   if (rows.data == nullptr || rows.stride == cols) return;
   constexpr int64_t line = 64, most = 1024;
-  for (int64_t next = row + group; next < min_of(row + group + count, end); ++next) {
+  const int64_t first = row + (count > group ? count : group);
+  for (int64_t next = first; next < min_of(first + count, end); ++next) {
     const char* const data = row_of(rows, next).data;
     for (int64_t at = 0; at < min_of(cols * bytes(rows.dtype), most); at += line)
       __builtin_prefetch(data + at);
@@ -103,9 +110,11 @@ ALWAYS_INLINE void read_ahead(const Rows& rows, int64_t row, int64_t count, int6
 }
 
 // Whether whole vectors of these rows, which are not read again soon, can be stored past the cache.
+// Not where many short rows are written at a time: lines that are left half written cost more.
 template <class C, class T>
 ALWAYS_INLINE bool may_stream(const Rows& rows, int64_t cols) {
-  return rows.beyond_cache && cols % lanes<C> == 0 &&
+  const bool leaves_halves = sizeof(T) < sizeof(C) && cols <= short_cols;
+  return rows.beyond_cache && !leaves_halves && cols % lanes<C> == 0 &&
          reinterpret_cast<uintptr_t>(rows.data) % (lanes<C> * sizeof(T)) == 0;
 }
 
@@ -124,30 +133,42 @@ ALWAYS_INLINE void for_columns(int64_t cols, F&& f) {
   if (col < cols) f(col, Part{int(cols - col)});
 }
 
-// Adds up K quantities over the columns of a row: f(column, part, sums) adds to sums[0 .. K - 1].
-// Blocks of columns are added up in double, so that long rows lose no digits.
-template <class C, int K, class F>
-ALWAYS_INLINE void sum_columns(int64_t cols, double (&totals)[K], F&& f) {
+// Adds up K quantities over the columns of each of R rows: what f(row) returns is called with
+// (column, part, sums) and adds to sums[0 .. K - 1]; what it knows of the row it holds by value, in
+// registers. Blocks of columns are added up in double, so that long rows lose no digits.
+template <class C, int R, int K, class F>
+ALWAYS_INLINE void sum_columns(int64_t cols, VectorOf<double, R> (&totals)[K], F&& f) {
   constexpr int chains = 4;  // independent additions in flight
   constexpr int64_t block = 64 * chains * lanes<C>;
-  for (double& total : totals) total = 0.0;
-  for (int64_t col = 0; col < cols;) {
-    const int64_t end = min_of(cols, col + block);
-    Vector<C> sums[chains][K] = {};
-    for (; col + chains * lanes<C> <= end; col += chains * lanes<C>) {
+  for (auto& total : totals) total = VectorOf<double, R>{};
+  for (int64_t first = 0; first < cols; first += block) {
+    const int64_t end = min_of(cols, first + block);
+    Vector<C> row_sums[K][R];
+    for (int r = 0; r < R; ++r) {
+      const auto add = f(r);
+      Vector<C> sums[chains][K] = {};
+      int64_t col = first;
+      for (; col + chains * lanes<C> <= end; col += chains * lanes<C>) {
 #pragma GCC unroll 4
-      for (int chain = 0; chain < chains; ++chain) f(col + chain * lanes<C>, Whole{}, sums[chain]);
+        for (int chain = 0; chain < chains; ++chain)
+          add(col + chain * lanes<C>, Whole{}, sums[chain]);
+      }
+      for (; col + lanes<C> <= end; col += lanes<C>) add(col, Whole{}, sums[0]);
+      if (col < end) add(col, Part{int(end - col)}, sums[0]);
+      for (int k = 0; k < K; ++k)
+        row_sums[k][r] = (sums[0][k] + sums[1][k]) + (sums[2][k] + sums[3][k]);
     }
-    for (; col + lanes<C> <= end; col += lanes<C>) f(col, Whole{}, sums[0]);
-    if (col < end) {
-      f(col, Part{int(end - col)}, sums[0]);
-      col = end;
-    }
-    for (int k = 0; k < K; ++k) {
-      const Vector<C> sum = (sums[0][k] + sums[1][k]) + (sums[2][k] + sums[3][k]);
-      totals[k] += add_lanes<C, lanes<C>>(sum);
-    }
+    for (int k = 0; k < K; ++k)
+      totals[k] += __builtin_convertvector((add_lanes_of<C, R>(row_sums[k])), VectorOf<double, R>);
   }
+}
+
+// The same of one row: f(column, part, sums).
+template <class C, int K, class F>
+ALWAYS_INLINE void sum_columns(int64_t cols, double (&totals)[K], F&& f) {
+  VectorOf<double, 1> sums[K];
+  sum_columns<C, 1>(cols, sums, [&](int) { return f; });
+  for (int k = 0; k < K; ++k) totals[k] = sums[k][0];
 }
 
 template <class C, class P>
@@ -252,60 +273,90 @@ struct Statistics {
   C mean, rstd;
 };
 
-// Returns about the mean of a row: that of a few vectors spread over it.
-template <class C, class F>
-ALWAYS_INLINE C near_mean(int64_t cols, F&& row) {
-  constexpr int pieces = 4;
-  Vector<C> sum{};
-  if (cols < pieces * lanes<C>) {
-    for_columns<C>(cols, [&](int64_t col, auto part) { sum += row(col, part); });
-    return add_lanes<C, lanes<C>>(sum) / C(cols);
-  }
+// About the mean of a row is that of a few vectors spread over it, of all where there are no more.
+constexpr int near_pieces = 4;
+
+template <class C, int R, class Source>
+ALWAYS_INLINE VectorOf<C, R> near_means(const Source& source, int64_t cols) {
+  Vector<C> sums[R];
+  const bool is_short = cols < near_pieces * lanes<C>;
+  for (int r = 0; r < R; ++r) {
+    const auto row = source.one(r);
+    Vector<C> sum{};
+    if (is_short) {
+      for_columns<C>(cols, [&](int64_t col, auto part) { sum += row.load(0, col, part); });
+    } else {
 #pragma GCC unroll 4
-  for (int piece = 0; piece < pieces; ++piece)
-    sum += row(cols / pieces / lanes<C> * lanes<C> * piece, Whole{});
-  return add_lanes<C, lanes<C>>(sum) / C(pieces * lanes<C>);
+      for (int piece = 0; piece < near_pieces; ++piece)
+        sum += row.load(0, cols / near_pieces / lanes<C> * lanes<C> * piece, Whole{});
+    }
+    sums[r] = sum;
+  }
+  return add_lanes_of<C, R>(sums) / C(is_short ? cols : near_pieces * lanes<C>);
 }
 
-template <class C, class F>
-ALWAYS_INLINE void sum_centred(int64_t cols, C centre, double (&totals)[2], F&& row) {
-  sum_columns<C>(cols, totals, [&](int64_t col, auto part, Vector<C>* sums) {
-    const Vector<C> centred = existing<C>(row(col, part) - centre, part);
-    sums[0] += centred;
-    sums[1] = multiply_add(centred, centred, sums[1]);
+// Sums the distances from the centres, and their squares; `again` says that h is formed.
+template <class C, int R, class Source, class Again>
+ALWAYS_INLINE void sum_centred(const Source& source, int64_t cols, VectorOf<C, R> centres,
+                               VectorOf<double, R> (&totals)[2], Again again) {
+  sum_columns<C, R>(cols, totals, [&](int r) {
+    const auto row = source.one(r);
+    const Vector<C> centre = Vector<C>{} + centres[r];
+    return [=](int64_t col, auto part, Vector<C>* sums) {
+      Vector<C> h;
+      if constexpr (Again::value)
+        h = row.again(0, col, part);
+      else
+        h = row.load(0, col, part);
+      const Vector<C> centred = existing<C>(h - centre, part);
+      sums[0] += centred;
+      sums[1] = multiply_add(centred, centred, sums[1]);
+    };
   });
 }
 
 // Normalises R rows that `source` has: source.load(r, col, part) forms h on the first pass,
 // source.again(r, col, part) gives it once more, source.leave(r, col, part) does so for the last
-// time. What happens to a row does not depend on R.
-template <class C, int R, class T, class Source>
-ALWAYS_INLINE void normalize(const Source& source, T* const (&z)[R], int64_t cols, bool rms,
+// time; source.one(r) is one of them alone. What happens to a row does not depend on R.
+template <class C, int R, class Z, class Source>
+ALWAYS_INLINE void normalize(const Source& source, Z* const (&z)[R], int64_t cols, bool rms,
                              double eps, const Affine<C>& affine, bool streamed,
                              Statistics<C> (&statistics)[R]) {
-  C centre[R];
-  double totals[R][2];
-  for (int r = 0; r < R; ++r) {
-    const auto row = [&](int64_t col, auto part) { return source.load(r, col, part); };
-    centre[r] = rms ? C(0) : near_mean<C>(cols, row);
-    sum_centred<C>(cols, centre[r], totals[r], row);
+  using Exact = VectorOf<double, R>;
+  VectorOf<C, R> centres{};
+  Exact totals[2];
+  // Short rows are formed by then. A second loop beside it makes the first slower for long ones.
+  constexpr bool forms_early = Source::forms && R == short_group;
+  bool formed = false;
+  if (!rms) {
+    centres = near_means<C, R>(source, cols);
+    formed = forms_early && cols <= near_pieces * lanes<C>;
   }
-  C rstd[R], offset[R];
+  if (formed)
+    sum_centred<C, R>(source, cols, centres, totals, std::bool_constant<forms_early>{});
+  else
+    sum_centred<C, R>(source, cols, centres, totals, std::false_type{});
+  const double count = double(cols);
+  Exact corrections{};
+  if (!rms) corrections = totals[0] / count;
+  Exact variances = totals[1] / count - corrections * corrections;
   for (int r = 0; r < R; ++r) {
-    double correction = rms ? 0.0 : totals[r][0] / cols;
-    double variance = totals[r][1] / cols - correction * correction;
-    if (!(correction * correction <= 0.25 * variance)) {
-      // Digits would cancel: once more from the mean itself. What rounding left in it does no harm.
-      const auto row = [&](int64_t col, auto part) { return source.again(r, col, part); };
-      centre[r] = C(centre[r] + correction);
-      sum_centred<C>(cols, centre[r], totals[r], row);
-      correction = totals[r][0] / cols;
-      variance = totals[r][1] / cols - correction * correction;
-    }
-    const double inverse = 1.0 / __builtin_sqrt(variance + eps);
-    rstd[r] = C(inverse);
-    offset[r] = C(-correction * inverse);
-    statistics[r] = {C(centre[r] + correction), rstd[r]};
+    if (corrections[r] * corrections[r] <= 0.25 * variances[r]) continue;
+    // Digits would cancel: once more from the mean itself. What rounding left in it does no harm.
+    const VectorOf<C, 1> mean{C(centres[r] + corrections[r])};
+    VectorOf<double, 1> one[2];
+    sum_centred<C, 1>(source.one(r), cols, mean, one, std::true_type{});
+    centres[r] = mean[0];
+    corrections[r] = one[0][0] / count;
+    variances[r] = one[1][0] / count - corrections[r] * corrections[r];
+  }
+  const Exact inverses = 1.0 / square_root<R>(variances + eps);
+  C centre[R], rstd[R], offset[R];
+  for (int r = 0; r < R; ++r) {
+    centre[r] = centres[r];
+    rstd[r] = C(inverses[r]);
+    offset[r] = C(-corrections[r] * inverses[r]);
+    statistics[r] = {C(centre[r] + corrections[r]), rstd[r]};
   }
   const auto x_hat = [&](int r, int64_t col, auto part) {
     const Vector<C> centred = source.leave(r, col, part) - centre[r];
@@ -347,7 +398,10 @@ ALWAYS_INLINE void normalize(const Source& source, T* const (&z)[R], int64_t col
 // Rows that are normalised as they are.
 template <class C, class T, int R>
 struct StoredRows {
+  static constexpr bool forms = false;
   const T* h[R];
+
+  ALWAYS_INLINE StoredRows<C, T, 1> one(int r) const { return {{h[r]}}; }
 
   template <class P>
   ALWAYS_INLINE Vector<C> load(int r, int64_t col, P part) const {
@@ -363,12 +417,19 @@ struct StoredRows {
   }
 };
 
-// Rows of the stream, all of one type: h = residual + gate * keep * x, rounded as it is stored.
-template <class C, class T, int R>
+// Rows of the stream, of x in X and all others in H: h = residual + gate * keep * x, rounded as it
+// is stored.
+template <class C, class X, class H, int R>
 struct FormedRows {
-  const T *x[R], *residual[R];
+  static constexpr bool forms = true;
+  const X* x[R];
+  const H* residual[R];
   const C *gate, *keep;
-  T *h[R], *streamed[R];
+  H *h[R], *streamed[R];
+
+  ALWAYS_INLINE FormedRows<C, X, H, 1> one(int r) const {
+    return {{x[r]}, {residual[r]}, gate, keep, {h[r]}, {streamed[r]}};
+  }
 
   template <class P>
   ALWAYS_INLINE Vector<C> load(int r, int64_t col, P part) const {
@@ -377,7 +438,7 @@ struct FormedRows {
     if (gate) value *= ::load<C>(gate + col, part);
     if (residual[r]) value += ::load<C>(residual[r] + col, part);
     store<C>(h[r] + col, value, part);
-    return sizeof(T) == sizeof(C) ? value : ::load<C>(h[r] + col, part);
+    return sizeof(H) == sizeof(C) ? value : ::load<C>(h[r] + col, part);
   }
   template <class P>
   ALWAYS_INLINE Vector<C> again(int r, int64_t col, P part) const {
@@ -405,7 +466,7 @@ class Normalization {
         keep_(keep_size(cols_)),
         source_(cols_),
         result_(cols_),
-        stream_(group * cols_) {}
+        stream_(short_group * cols_) {}
 
   void run(int64_t first, int64_t last) {
     for (int64_t row = first; row < last;) {
@@ -420,50 +481,69 @@ class Normalization {
   }
 
  private:
-  // Normalises rows that are read and written in one type; returns the first row that is left.
+  // Normalises rows that are read in one type, with a stream and results in that type or in C;
+  // returns the first row that is left.
   int64_t run_directly(int64_t row, int64_t end) {
-    const DType dtype = p_.z.dtype;
-    if (p_.x.dtype != dtype || (p_.h_dtype != DType::none && p_.h_dtype != dtype) ||
-        (p_.residual.data && p_.residual.dtype != dtype))
-      return row;
-    with_type(dtype, [&](auto type) {
+    const DType x = p_.x.dtype, z = p_.z.dtype, h = p_.h_dtype == DType::none ? x : p_.h_dtype;
+    if (p_.residual.data && p_.residual.dtype != h) return row;
+    with_type(x, [&](auto type) {
       using T = decltype(type);
       if constexpr (computes<C, T>) {
-        constexpr int64_t near = 16384;  // bytes of h that stay in the first cache
-        if (!p_.dropout.seed && group * cols_ * int64_t(sizeof(T)) <= near &&
-            in_groups(p_.x, cols_))
-          for (; row + group <= end; row += group) run_group<T, group>(row, end);
-        for (; row < end; ++row) run_group<T, 1>(row, end);
+        if (h == x && z == x) row = run_groups<T, T, T>(row, end);
+        if constexpr (!std::is_same_v<C, T>) {
+          constexpr DType own = dtype_of<C>;
+          if (h == own && z == x) row = run_groups<T, C, T>(row, end);
+          if (h == own && z == own) row = run_groups<T, C, C>(row, end);
+          if (h == x && z == own) row = run_groups<T, T, C>(row, end);
+        }
       }
     });
     return row;
   }
 
-  template <class T, int R>
+  template <class X, class H, class Z>
+  int64_t run_groups(int64_t row, int64_t end) {
+    constexpr int64_t near = 16384;  // bytes of h that stay in the first cache
+    constexpr bool one_type = std::is_same_v<X, H> && std::is_same_v<X, Z>;
+    if (!p_.dropout.seed && group * cols_ * int64_t(sizeof(H)) <= near && in_groups(p_.x, cols_)) {
+      if constexpr (one_type)
+        if (cols_ <= short_cols)
+          for (; row + short_group <= end; row += short_group)
+            run_group<X, H, Z, short_group>(row, end);
+      for (; row + group <= end; row += group) run_group<X, H, Z, group>(row, end);
+    }
+    for (; row < end; ++row) run_group<X, H, Z, 1>(row, end);
+    return row;
+  }
+
+  template <class X, class H, class Z, int R>
   void run_group(int64_t row, int64_t end) {
     read_ahead(p_.x, row, R, end, cols_);
     read_ahead(p_.residual, row, R, end, cols_);
-    T* z[R];
-    for (int r = 0; r < R; ++r) z[r] = row_of(p_.z, row + r).template as<T>();
-    const bool streamed = may_stream<C, T>(p_.z, cols_);
+    Z* z[R];
+    for (int r = 0; r < R; ++r) z[r] = row_of(p_.z, row + r).template as<Z>();
+    const bool streamed = may_stream<C, Z>(p_.z, cols_);
     Statistics<C> statistics[R];
-    if (p_.h_dtype == DType::none) {
-      StoredRows<C, T, R> source;
-      for (int r = 0; r < R; ++r) source.h[r] = row_of(p_.x, row + r).template as<T>();
-      normalize<C, R, T>(source, z, cols_, p_.rms, p_.eps, affine_, streamed, statistics);
-    } else {
-      FormedRows<C, T, R> source;
-      const bool streams_h = p_.h.data && may_stream<C, T>(p_.h, cols_);
+    const bool formed = !std::is_same_v<X, H> || p_.h_dtype != DType::none;
+    if constexpr (std::is_same_v<X, H>)
+      if (!formed) {
+        StoredRows<C, X, R> source;
+        for (int r = 0; r < R; ++r) source.h[r] = row_of(p_.x, row + r).template as<X>();
+        normalize<C, R, Z>(source, z, cols_, p_.rms, p_.eps, affine_, streamed, statistics);
+      }
+    if (formed) {
+      FormedRows<C, X, H, R> source;
+      const bool streams_h = p_.h.data && may_stream<C, H>(p_.h, cols_);
       source.gate = gate_;
       source.keep = keep_factors(p_.dropout, row, cols_, keep_);
       for (int r = 0; r < R; ++r) {
-        source.x[r] = row_of(p_.x, row + r).template as<T>();
-        source.residual[r] = row_of(p_.residual, row + r).template as<T>();
-        T* h = row_of(p_.h, row + r).template as<T>();
+        source.x[r] = row_of(p_.x, row + r).template as<X>();
+        source.residual[r] = row_of(p_.residual, row + r).template as<H>();
+        H* h = row_of(p_.h, row + r).template as<H>();
         source.streamed[r] = streams_h ? h : nullptr;
-        source.h[r] = streams_h || !h ? reinterpret_cast<T*>(stream_.get()) + r * cols_ : h;
+        source.h[r] = streams_h || !h ? reinterpret_cast<H*>(stream_.get()) + r * cols_ : h;
       }
-      normalize<C, R, T>(source, z, cols_, p_.rms, p_.eps, affine_, streamed, statistics);
+      normalize<C, R, Z>(source, z, cols_, p_.rms, p_.eps, affine_, streamed, statistics);
     }
     for (int r = 0; r < R; ++r) save(row + r, statistics[r]);
   }
@@ -512,31 +592,53 @@ struct ColumnSums {
 // Of a plain norm with a weight: dx and both sums, dx alone, or something else.
 enum class Wanted { all, dx, some };
 
-// Differentiates R rows through the norm: adds to the sums, and writes rstd * (g + x_hat * c1 +
-// c2), plus dh where that is not null, to `out` where that is not null. `factor` is weight * (1 +
-// scale), null for 1.
-template <class C, int R, class T>
-ALWAYS_INLINE void differentiate(const T* const (&dz)[R], const T* const (&h)[R],
-                                 const T* const* dh, T* const* out,
-                                 const Statistics<C> (&statistics)[R], int64_t cols, bool rms,
-                                 const C* factor, DType x_hat_dtype, const ColumnSums<C>& sums,
-                                 bool streamed) {
-  C c1[R] = {}, c2[R] = {};
-  if (out) {
-    for (int r = 0; r < R; ++r) {
-      const C mean = statistics[r].mean, rstd = statistics[r].rstd;
-      double totals[2];
-      sum_columns<C>(cols, totals, [&](int64_t col, auto part, Vector<C>* sums) {
-        const Vector<C> centred = load<C>(h[r] + col, part) - mean;
-        Vector<C> g = load<C>(dz[r] + col, part);
-        if (factor) g *= load<C>(factor + col, part);
-        sums[0] = multiply_add(g, centred, sums[0]);
-        sums[1] += g;
-      });
-      c1[r] = C(-totals[0] / cols * rstd);
-      c2[r] = rms ? C(0) : C(-totals[1] / cols);
-    }
+// R rows that are differentiated, or a tile of them: dz in Z, dx in X, all others in H; null where
+// absent. Neither `dh` nor `dresidual` is without dx.
+template <class Z, class H, class X, int R>
+struct GradientRows {
+  const Z* dz[R];
+  const H *h[R], *dh[R];
+  X* dx[R];
+  H* dresidual[R];
+};
+
+// What the gradient by h is made with: rstd * (g + x_hat * c1 + c2).
+template <class C>
+struct Projection {
+  C mean, rstd, c1, c2;
+};
+
+// `factor` is weight * (1 + scale), null for 1.
+template <class C, int R, class Z, class H, class X>
+ALWAYS_INLINE void project(const GradientRows<Z, H, X, R>& rows, int64_t cols, bool rms,
+                           const C* factor, Projection<C> (&projections)[R]) {
+  VectorOf<double, R> totals[2];
+  sum_columns<C, R>(cols, totals, [&](int r) {
+    const Z* const dz = rows.dz[r];
+    const H* const h = rows.h[r];
+    const Vector<C> mean = Vector<C>{} + projections[r].mean;
+    return [=](int64_t col, auto part, Vector<C>* sums) {
+      const Vector<C> centred = load<C>(h + col, part) - mean;
+      Vector<C> g = load<C>(dz + col, part);
+      if (factor) g *= load<C>(factor + col, part);
+      sums[0] = multiply_add(g, centred, sums[0]);
+      sums[1] += g;
+    };
+  });
+  for (auto& total : totals) total = -total / double(cols);
+  for (int r = 0; r < R; ++r) {
+    projections[r].c1 = C(totals[0][r] * projections[r].rstd);
+    projections[r].c2 = rms ? C(0) : C(totals[1][r]);
   }
+}
+
+// Differentiates R rows through the norm: adds to the sums, and writes the gradient by h, with dh
+// in it, where dx and dresidual are.
+template <class C, int R, class Z, class H, class X>
+ALWAYS_INLINE void differentiate(const GradientRows<Z, H, X, R>& rows, int64_t cols,
+                                 const C* factor, DType x_hat_dtype, const ColumnSums<C>& sums,
+                                 const Projection<C> (&projections)[R], bool streamed) {
+  const bool has_dx = rows.dx[0], has_dh = rows.dh[0], has_dresidual = rows.dresidual[0];
   // The two most frequent cases, a plain norm with trained parameters and one with frozen ones,
   // have no branch in the loop.
   const auto run = [&](auto wanted, auto streamed) {
@@ -549,19 +651,19 @@ ALWAYS_INLINE void differentiate(const T* const (&dz)[R], const T* const (&h)[R]
       if (plain || factor) weight = load<C>(factor + col, part);
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
-        const auto [mean, rstd] = statistics[r];
-        const Vector<C> x_hat = (load<C>(h[r] + col, part) - mean) * rstd;
-        const Vector<C> value = load<C>(dz[r] + col, part);
+        const auto [mean, rstd, c1, c2] = projections[r];
+        const Vector<C> x_hat = (load<C>(rows.h[r] + col, part) - mean) * rstd;
+        const Vector<C> value = load<C>(rows.dz[r] + col, part);
         if (dweight)
           dz_x_hat = multiply_add(value, plain ? x_hat : rounded<C>(x_hat, x_hat_dtype), dz_x_hat);
         if (dbias) dz_sum += value;
-        if (plain || out) {
+        if (plain || has_dx) {
           const Vector<C> g = plain || factor ? value * weight : value;
-          const Vector<C> projection =
-              multiply_add(x_hat, Vector<C>{} + c1[r], Vector<C>{} + c2[r]);
+          const Vector<C> projection = multiply_add(x_hat, Vector<C>{} + c1, Vector<C>{} + c2);
           Vector<C> total = (g + projection) * rstd;
-          if (dh) total += load<C>(dh[r] + col, part);
-          put<C>(out[r] + col, total, part, streamed);
+          if (has_dh) total += load<C>(rows.dh[r] + col, part);
+          put<C>(rows.dx[r] + col, total, part, streamed);
+          if (has_dresidual) put<C>(rows.dresidual[r] + col, total, part, streamed);
         }
       }
       if (dweight) store<C>(sums.dz_x_hat + col, dz_x_hat, part);
@@ -574,7 +676,7 @@ ALWAYS_INLINE void differentiate(const T* const (&dz)[R], const T* const (&h)[R]
     else
       run(wanted, std::false_type{});
   };
-  if (!out || !factor || x_hat_dtype != DType::none || !sums.dz_x_hat != !sums.dz)
+  if (!has_dx || !factor || x_hat_dtype != DType::none || !sums.dz_x_hat != !sums.dz)
     run(std::integral_constant<Wanted, Wanted::some>{}, std::false_type{});
   else if (sums.dz)
     run_streamed(std::integral_constant<Wanted, Wanted::all>{});
@@ -682,7 +784,7 @@ class Differentiation {
     gate_vector_ = gates_.of(sample);
     weight_vector_ = weights_.of(sample);
     scale_vector_ = scales_.of(sample);
-    bias_vector_ = biases_.of(sample);
+    bias_vector_ = p_.dscale ? biases_.of(sample) : nullptr;
     factor_vector_ = weight_vector_;
     if (scale_vector_ == nullptr) return;
     C* factor = factor_.get();
@@ -694,60 +796,83 @@ class Differentiation {
     factor_vector_ = factor;
   }
 
-  Statistics<C> statistics(int64_t row) const {
+  Projection<C> statistics(int64_t row) const {
     return {p_.mean ? static_cast<const C*>(p_.mean)[row] : C(0),
-            static_cast<const C*>(p_.rstd)[row]};
+            static_cast<const C*>(p_.rstd)[row], C(0), C(0)};
   }
 
-  // Differentiates rows that are read and written in one type, with nothing around the norm but dh;
-  // returns the first row that is left.
+  // Differentiates rows with nothing around the norm but dh, where dx is of one type and all others
+  // are of that one or of C; returns the first row that is left.
   int64_t run_directly(int64_t row, int64_t end) {
-    const DType dtype = p_.h.dtype;
-    if (p_.dz.dtype != dtype || (p_.dh.data && p_.dh.dtype != dtype) || p_.dresidual.data ||
-        p_.dgate || p_.gate.data || p_.dropout.seed || (p_.dx.data && p_.dx.dtype != dtype))
+    const DType z = p_.dz.dtype, h = p_.h.dtype;
+    if (!p_.dz.data || (p_.dh.data && p_.dh.dtype != h) ||
+        (p_.dresidual.data && (p_.dresidual.dtype != h || !p_.dx.data)) || p_.dgate ||
+        p_.gate.data || p_.dropout.seed)
       return row;
-    with_type(dtype, [&](auto type) {
+    const DType x = p_.dx.data ? p_.dx.dtype : z == dtype_of<C> ? h : z;
+    with_type(x, [&](auto type) {
       using T = decltype(type);
       if constexpr (computes<C, T>) {
-        const bool streamed = may_stream<C, T>(p_.dx, cols_);
-        if (in_groups(p_.h, cols_) && in_groups(p_.dz, cols_))
-          for (; row + group <= end; row += group) run_group<T, group>(row, end, streamed);
-        for (; row + 2 <= end; row += 2) run_group<T, 2>(row, end, streamed);
-        for (; row < end; ++row) run_group<T, 1>(row, end, streamed);
+        if (z == x && h == x) row = run_rows<T, T, T>(row, end);
+        if constexpr (!std::is_same_v<C, T>) {
+          constexpr DType own = dtype_of<C>;
+          if (z == x && h == own) row = run_rows<T, C, T>(row, end);
+          if (z == own && h == own) row = run_rows<C, C, T>(row, end);
+          if (z == own && h == x) row = run_rows<C, T, T>(row, end);
+        }
       }
     });
     return row;
   }
 
-  template <class T, int R>
+  template <class Z, class H, class X>
+  int64_t run_rows(int64_t row, int64_t end) {
+    const bool streamed = may_stream<C, X>(p_.dx, cols_) &&
+                          (!p_.dresidual.data || may_stream<C, H>(p_.dresidual, cols_));
+    if constexpr (std::is_same_v<Z, X> && std::is_same_v<H, X>)
+      if (in_groups(p_.h, cols_) && in_groups(p_.dz, cols_))
+        for (; row + group <= end; row += group) run_group<Z, H, X, group>(row, end, streamed);
+    for (; row + 2 <= end; row += 2) run_group<Z, H, X, 2>(row, end, streamed);
+    for (; row < end; ++row) run_group<Z, H, X, 1>(row, end, streamed);
+    return row;
+  }
+
+  template <class Z, class H, class X, int R>
   void run_group(int64_t row, int64_t end, bool streamed) {
     read_ahead(p_.dz, row, R, end, cols_);
     read_ahead(p_.h, row, R, end, cols_);
     read_ahead(p_.dh, row, R, end, cols_);
-    const T *dz[R], *h[R], *dh[R];
-    T* dx[R];
-    Statistics<C> stats[R];
+    GradientRows<Z, H, X, R> rows;
     for (int r = 0; r < R; ++r) {
-      dz[r] = row_of(p_.dz, row + r).template as<T>();
-      h[r] = row_of(p_.h, row + r).template as<T>();
-      dh[r] = row_of(p_.dh, row + r).template as<T>();
-      dx[r] = row_of(p_.dx, row + r).template as<T>();
-      stats[r] = statistics(row + r);
+      rows.dz[r] = row_of(p_.dz, row + r).template as<Z>();
+      rows.h[r] = row_of(p_.h, row + r).template as<H>();
+      rows.dh[r] = row_of(p_.dh, row + r).template as<H>();
+      rows.dx[r] = row_of(p_.dx, row + r).template as<X>();
+      rows.dresidual[r] = row_of(p_.dresidual, row + r).template as<H>();
     }
-    differentiate<C, R, T>(dz, h, p_.dh.data ? dh : nullptr, p_.dx.data ? dx : nullptr, stats,
-                           cols_, p_.rms, factor_vector_, p_.x_hat_dtype, sums_, streamed);
+    differentiate_rows(rows, row, streamed);
+  }
+
+  template <class Z, class H, class X, int R>
+  ALWAYS_INLINE void differentiate_rows(const GradientRows<Z, H, X, R>& rows, int64_t row,
+                                        bool streamed) {
+    Projection<C> projections[R];
+    for (int r = 0; r < R; ++r) projections[r] = statistics(row + r);
+    if (rows.dx[0]) project<C, R>(rows, cols_, p_.rms, factor_vector_, projections);
+    differentiate<C, R>(rows, cols_, factor_vector_, p_.x_hat_dtype, sums_, projections, streamed);
   }
 
   void run_row(int64_t row) {
     const bool through_row = p_.dx.data || p_.dresidual.data || p_.dgate;
     C* total = nullptr;
     if (p_.dz.data) {
-      const C* dz[1] = {in_compute_type(row_of(p_.dz, row), cols_, dz_copy_)};
-      const C* h[1] = {in_compute_type(row_of(p_.h, row), cols_, h_copy_)};
-      const Statistics<C> stats[1] = {statistics(row)};
-      total = through_row ? total_.get() : nullptr;
-      differentiate<C, 1, C>(dz, h, nullptr, total ? &total : nullptr, stats, cols_, p_.rms,
-                             factor_vector_, p_.x_hat_dtype, sums_, false);
+      if (through_row) total = total_.get();
+      const GradientRows<C, C, C, 1> rows{{in_compute_type(row_of(p_.dz, row), cols_, dz_copy_)},
+                                          {in_compute_type(row_of(p_.h, row), cols_, h_copy_)},
+                                          {nullptr},
+                                          {total},
+                                          {nullptr}};
+      differentiate_rows(rows, row, false);
     }
     if (through_row) leave_stream(row, total);
   }

@@ -10,6 +10,8 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 namespace {
@@ -64,6 +66,8 @@ ALWAYS_INLINE Vector<float> multiply_add(Vector<float> a, Vector<float> b, Vecto
   return Vector<float>(_mm512_fmadd_ps(a, b, c));
 #elif defined(__FMA__)
   return Vector<float>(_mm256_fmadd_ps(a, b, c));
+#elif defined(__aarch64__)
+  return Vector<float>(vfmaq_f32(float32x4_t(c), float32x4_t(a), float32x4_t(b)));
 #else
   return a * b + c;
 #endif
@@ -73,6 +77,8 @@ ALWAYS_INLINE Vector<double> multiply_add(Vector<double> a, Vector<double> b, Ve
   return Vector<double>(_mm512_fmadd_pd(a, b, c));
 #elif defined(__FMA__)
   return Vector<double>(_mm256_fmadd_pd(a, b, c));
+#elif defined(__aarch64__)
+  return Vector<double>(vfmaq_f64(float64x2_t(c), float64x2_t(a), float64x2_t(b)));
 #else
   return a * b + c;
 #endif
@@ -138,6 +144,9 @@ ALWAYS_INLINE VectorOf<float, n> widen(VectorOf<uint16_t, n> bits, f16) {
 #if defined(__F16C__)
   if constexpr (n == 8) return VectorOf<float, n>(_mm256_cvtph_ps(bits_as<__m128i>(bits)));
 #endif
+#if defined(__aarch64__)
+  if constexpr (n == 4) return VectorOf<float, n>(vcvt_f32_f16(bits_as<float16x4_t>(bits)));
+#endif
   using Words = VectorOf<uint32_t, n>;
   using Floats = VectorOf<float, n>;
   const Words words = __builtin_convertvector(bits, Words);
@@ -158,6 +167,9 @@ ALWAYS_INLINE VectorOf<uint16_t, n> narrow(VectorOf<float, n> value, f16) {
 #if defined(__F16C__)
   if constexpr (n == 8)
     return bits_as<VectorOf<uint16_t, n>>(_mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));
+#endif
+#if defined(__aarch64__)
+  if constexpr (n == 4) return bits_as<VectorOf<uint16_t, n>>(vcvt_f16_f32(float32x4_t(value)));
 #endif
   using Words = VectorOf<uint32_t, n>;
   using Floats = VectorOf<float, n>;
@@ -285,6 +297,59 @@ ALWAYS_INLINE C add_lanes(VectorOf<C, n> value) {
     const auto halves = bits_as<Halves>(value);
     return add_lanes<C, n / 2>(halves.low + halves.high);
   }
+}
+
+// Adds up the lanes of each of R vectors, in the same pairs: four of them together, in a third of
+// the instructions.
+template <class C, int R>
+ALWAYS_INLINE VectorOf<C, R> add_lanes_of(const Vector<C> (&of)[R]) {
+  if constexpr (R > 4) {
+    struct Two {
+      VectorOf<C, R / 2> low, high;
+    };
+    const auto& halves = reinterpret_cast<const Vector<C>(&)[2][R / 2]>(of);
+    return bits_as<VectorOf<C, R>>(
+        Two{add_lanes_of<C, R / 2>(halves[0]), add_lanes_of<C, R / 2>(halves[1])});
+  } else if constexpr (R == 4 && lanes<C> == 16) {
+#if defined(__AVX512F__)
+    const auto halves = [](Vector<C> a, Vector<C> b) {
+      return _mm512_shuffle_f32x4(a, b, 0x44) + _mm512_shuffle_f32x4(a, b, 0xEE);
+    };
+    const __m512 low = halves(of[0], of[1]), high = halves(of[2], of[3]);
+    __m512 sum = _mm512_shuffle_f32x4(low, high, 0x88) + _mm512_shuffle_f32x4(low, high, 0xDD);
+    sum += _mm512_permute_ps(sum, 0x4E);
+    sum += _mm512_permute_ps(sum, 0xB1);
+    const __m512i first = _mm512_setr_epi32(0, 4, 8, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0);
+    return VectorOf<C, R>(_mm512_castps512_ps128(_mm512_permutexvar_ps(first, sum)));
+#endif
+  } else if constexpr (R == 4 && lanes<C> == 8 && sizeof(C) == 4) {
+#if defined(__AVX2__)
+    const auto halves = [](Vector<C> a, Vector<C> b) {
+      return _mm256_permute2f128_ps(a, b, 0x20) + _mm256_permute2f128_ps(a, b, 0x31);
+    };
+    // Rows 0 and 2, then 1 and 3: what is left of two rows lies side by side in each half.
+    const __m256 even = halves(of[0], of[2]), odd = halves(of[1], of[3]);
+    const __m256 pairs = _mm256_shuffle_ps(even, odd, 0x44) + _mm256_shuffle_ps(even, odd, 0xEE);
+    const __m256 sums = pairs + _mm256_permute_ps(pairs, 0xB1);
+    return VectorOf<C, R>(
+        _mm_shuffle_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1), 0x88));
+#endif
+  }
+  VectorOf<C, R> sums;
+  for (int r = 0; r < R; ++r) sums[r] = add_lanes<C, lanes<C>>(of[r]);
+  return sums;
+}
+
+template <int R>
+ALWAYS_INLINE VectorOf<double, R> square_root(VectorOf<double, R> of) {
+#if defined(__AVX2__)
+  if constexpr (R == 4) return VectorOf<double, R>(_mm256_sqrt_pd(of));
+#endif
+#if defined(__AVX512F__)
+  if constexpr (R == 8) return VectorOf<double, R>(_mm512_sqrt_pd(of));
+#endif
+  for (int r = 0; r < R; ++r) of[r] = __builtin_sqrt(of[r]);
+  return of;
 }
 
 // Calls f with a value of the element type that `dtype` names.
