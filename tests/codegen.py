@@ -49,8 +49,14 @@ from fusednorm.triton_kernels.config import (
 
 TARGETS = {
     "sm_80": (GPUTarget("cuda", 80, 32), Architecture(32, 108, 166912, 65536)),
-    "sm_90": (GPUTarget("cuda", 90, 32), Architecture(32, 132, 232448, 65536, 8)),
-    "sm_100": (GPUTarget("cuda", 100, 32), Architecture(32, 148, 232448, 65536, 8)),
+    "sm_90": (
+        GPUTarget("cuda", 90, 32),
+        Architecture(32, 132, 232448, 65536, launch.LARGEST_CLUSTER),
+    ),
+    "sm_100": (
+        GPUTarget("cuda", 100, 32),
+        Architecture(32, 148, 232448, 65536, launch.LARGEST_CLUSTER),
+    ),
     "gfx942": (GPUTarget("hip", "gfx942", 64), Architecture(64, 304, 65536, 0)),
     "gfx950": (GPUTarget("hip", "gfx950", 64), Architecture(64, 256, 163840, 0)),
 }

@@ -22,11 +22,8 @@ TRITON_DTYPE = {
     None: None,
 }
 
-MOST_OF_A_CLUSTER = 8
-"""Programs of a cluster that every device with clusters starts."""
-
-_SUMS_IN_CLUSTERS = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)
-"""Whether Triton adds up the row of a cluster; before, it was not tried."""
+LARGEST_CLUSTER = 8 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9) else 1
+"""Programs of a cluster that every device with clusters starts; 3.6 compiles no sum over one."""
 
 # Stands in for the device when the kernels run in Triton's interpreter: few processors, so that
 # small tests still give every program several rows.
@@ -41,7 +38,7 @@ def architecture(device: torch.device) -> Architecture:
     target = triton.runtime.driver.active.get_current_target()
     properties: Any = torch.cuda.get_device_properties(device)  # torch's stub lacks some
     nvidia = target.backend == "cuda"
-    clusters = nvidia and 90 <= target.arch < 120 and _SUMS_IN_CLUSTERS
+    clusters = nvidia and 90 <= target.arch < 120
     return Architecture(
         warp_size=target.warp_size,
         processors=properties.multi_processor_count,
@@ -49,7 +46,7 @@ def architecture(device: torch.device) -> Architecture:
         if nvidia
         else properties.shared_memory_per_block,
         registers=properties.regs_per_multiprocessor if nvidia else 0,
-        cluster=MOST_OF_A_CLUSTER if clusters else 1,
+        cluster=LARGEST_CLUSTER if clusters else 1,
     )
 
 

@@ -45,7 +45,13 @@ from triton.backends.nvidia.driver import CudaDriver, CudaLauncher, CudaUtils
 from fusednorm.triton_kernels import launch, plans
 from fusednorm.triton_kernels.config import Architecture
 
-H100 = Architecture(warp_size=32, processors=132, shared_bytes=232448, registers=65536, cluster=8)
+H100 = Architecture(
+    warp_size=32,
+    processors=132,
+    shared_bytes=232448,
+    registers=65536,
+    cluster=launch.LARGEST_CLUSTER,
+)
 MOST_PARAMETERS, KEPT = 48, 64  # as in driver.c
 
 
