@@ -18,7 +18,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 import fusednorm
 from fusednorm import backends
-from fusednorm.triton_kernels import launch, tile
+from fusednorm.triton_kernels import launch
 
 Layout = Callable[[Tensor], Tensor]
 
@@ -173,12 +173,12 @@ def _both_ways(norm: Callable[..., Tensor], case: Case) -> Callable[[], Any]:
 def test_a_row_number_is_divided_exactly() -> None:
     """By every number of rows, up to the most rows that a kernel takes with jumps."""
     for every in (2, 3, 7, 641, 2**16 + 1, 2**30 - 1, 2**31 - 1):
-        factor, by = tile.jump_arguments([every, -5]) or (0, 0)
+        factor, by = launch.jump_arguments([every, -5]) or (0, 0)
         assert factor % 2 == by % 2 == 1
         assert 2**31 <= factor < 2**63
-        for multiple in (1, 2, 3, 1000, tile.MOST_ROWS // every - 1, tile.MOST_ROWS // every):
+        for multiple in (1, 2, 3, 1000, launch.MOST_ROWS // every - 1, launch.MOST_ROWS // every):
             for row in (every * multiple - 1, every * multiple):
-                if row < tile.MOST_ROWS:
+                if row < launch.MOST_ROWS:
                     assert 2 * row * factor >> 64 == row // every
 
 

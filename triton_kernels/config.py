@@ -14,6 +14,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
+JUMP_ORIGIN = 1 << 60
+"""What is added to an element offset of a jump, so that it is always a wide number to a kernel."""
+
 VECTOR_BYTES = 16
 """The widest global access of one thread."""
 

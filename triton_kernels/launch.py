@@ -11,8 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .config import Architecture, vector_elements
-from .tile import MOST_ROWS, jump_arguments
+from .config import JUMP_ORIGIN, Architecture, vector_elements
 
 TRITON_DTYPE = {
     torch.float16: tl.float16,
@@ -24,6 +23,9 @@ TRITON_DTYPE = {
 
 LARGEST_CLUSTER = 8 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9) else 1
 """Programs of a cluster that every device with clusters starts; 3.6 compiles no sum over one."""
+
+MOST_ROWS = 2**31
+"""Rows with jumps that `tile.row_offsets` can number."""
 
 # Stands in for the device when the kernels run in Triton's interpreter: few processors, so that
 # small tests still give every program several rows.
@@ -61,6 +63,20 @@ def options(
     if (limit := arch.max_registers(num_warps, programs)) is not None:
         chosen["maxnreg"] = limit
     return chosen
+
+
+def jump_arguments(jumps: list[int]) -> tuple[int, ...] | None:
+    """Return jumps as a kernel takes them: every so many rows, by so many elements, and so on.
+
+    A kernel divides by `every`: it gets m with row // every == row * m // 2**63 for all rows.
+    Triton compiles by the width of a number in a tuple and by whether it is 1 or a multiple of 16;
+    `do_not_specialize` does not reach there. All of these are wide and odd.
+    """
+    every, by = jumps[::2], jumps[1::2]
+    numbers = (
+        (-(-(2**63) // e) | 1, JUMP_ORIGIN + 2 * b + 1) for e, b in zip(every, by, strict=True)
+    )
+    return tuple(number for pair in numbers for number in pair) or None
 
 
 class Rows(NamedTuple):

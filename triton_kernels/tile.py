@@ -20,6 +20,8 @@ import triton.language as tl
 from triton import knobs
 from triton.language.target_info import is_cuda
 
+from .config import JUMP_ORIGIN
+
 
 @dataclass(frozen=True)
 class Constants:
@@ -166,31 +168,14 @@ def take_chunk(tile, i, C: tl.constexpr):
     return Chunk(number, cols, mask)
 
 
-MOST_ROWS = 2**31
-"""Rows with jumps that `row_offsets` can number."""
-
-_ORIGIN = tl.constexpr(1 << 60)
-
-
-def jump_arguments(jumps: list[int]) -> tuple[int, ...] | None:
-    """Return jumps as a kernel takes them: every so many rows, by so many elements, and so on.
-
-    A kernel divides by `every`: it gets m with row // every == row * m // 2**63 for all rows.
-    Triton compiles by the width of a number in a tuple and by whether it is 1 or a multiple of 16;
-    `do_not_specialize` does not reach there. All of these are wide and odd.
-    """
-    every, by = jumps[::2], jumps[1::2]
-    numbers = (
-        (-(-(2**63) // e) | 1, _ORIGIN.value + 2 * b + 1) for e, b in zip(every, by, strict=True)
-    )
-    return tuple(number for pair in numbers for number in pair) or None
+_ORIGIN = tl.constexpr(JUMP_ORIGIN)
 
 
 @triton.jit
 def row_offsets(rows, stride, VECTOR: tl.constexpr, jumps=None):
     """Return the [ROWS, 1] int64 offsets of rows, all of which are multiples of VECTOR elements.
 
-    Rows are `stride` apart but for their jumps, `jump_arguments` or None.
+    Rows are `stride` apart but for their jumps, `launch.jump_arguments` or None.
     """
     offsets = rows * stride
     if jumps is not None:
