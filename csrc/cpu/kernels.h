@@ -638,12 +638,23 @@ template <class C, int R, class Z, class H, class X>
 ALWAYS_INLINE void differentiate(const GradientRows<Z, H, X, R>& rows, int64_t cols,
                                  const C* factor, DType x_hat_dtype, const ColumnSums<C>& sums,
                                  const Projection<C> (&projections)[R], bool streamed) {
-  const bool has_dx = rows.dx[0], has_dh = rows.dh[0], has_dresidual = rows.dresidual[0];
+  const bool has_dx = rows.dx[0], has_dh = rows.dh[0];
+  // Of one type with dx it is dx: the loop has no registers for more addresses.
+  const bool has_dresidual = !std::is_same_v<H, X> && rows.dresidual[0];
   // The two most frequent cases, a plain norm with trained parameters and one with frozen ones,
   // have no branch in the loop.
   const auto run = [&](auto wanted, auto streamed) {
     constexpr bool all = wanted == Wanted::all, plain = wanted != Wanted::some;
     const bool dweight = all || (!plain && sums.dz_x_hat), dbias = all || (!plain && sums.dz);
+    // Copies that no store can change: they stay in registers.
+    GradientRows<Z, H, X, R> at;
+    Projection<C> of[R];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      at.dz[r] = rows.dz[r], at.h[r] = rows.h[r], at.dh[r] = rows.dh[r];
+      at.dx[r] = rows.dx[r], at.dresidual[r] = rows.dresidual[r];
+      of[r] = projections[r];
+    }
     for_columns<C>(cols, [&](int64_t col, auto part) {
       Vector<C> dz_x_hat{}, dz_sum{}, weight{};
       if (dweight) dz_x_hat = load<C>(sums.dz_x_hat + col, part);
@@ -651,9 +662,9 @@ ALWAYS_INLINE void differentiate(const GradientRows<Z, H, X, R>& rows, int64_t c
       if (plain || factor) weight = load<C>(factor + col, part);
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
-        const auto [mean, rstd, c1, c2] = projections[r];
-        const Vector<C> x_hat = (load<C>(rows.h[r] + col, part) - mean) * rstd;
-        const Vector<C> value = load<C>(rows.dz[r] + col, part);
+        const auto [mean, rstd, c1, c2] = of[r];
+        const Vector<C> x_hat = (load<C>(at.h[r] + col, part) - mean) * rstd;
+        const Vector<C> value = load<C>(at.dz[r] + col, part);
         if (dweight)
           dz_x_hat = multiply_add(value, plain ? x_hat : rounded<C>(x_hat, x_hat_dtype), dz_x_hat);
         if (dbias) dz_sum += value;
@@ -661,9 +672,9 @@ ALWAYS_INLINE void differentiate(const GradientRows<Z, H, X, R>& rows, int64_t c
           const Vector<C> g = plain || factor ? value * weight : value;
           const Vector<C> projection = multiply_add(x_hat, Vector<C>{} + c1, Vector<C>{} + c2);
           Vector<C> total = (g + projection) * rstd;
-          if (has_dh) total += load<C>(rows.dh[r] + col, part);
-          put<C>(rows.dx[r] + col, total, part, streamed);
-          if (has_dresidual) put<C>(rows.dresidual[r] + col, total, part, streamed);
+          if (has_dh) total += load<C>(at.dh[r] + col, part);
+          put<C>(at.dx[r] + col, total, part, streamed);
+          if (has_dresidual) put<C>(at.dresidual[r] + col, total, part, streamed);
         }
       }
       if (dweight) store<C>(sums.dz_x_hat + col, dz_x_hat, part);
@@ -810,6 +821,7 @@ class Differentiation {
         p_.gate.data || p_.dropout.seed)
       return row;
     const DType x = p_.dx.data ? p_.dx.dtype : z == dtype_of<C> ? h : z;
+    if (p_.dresidual.data && h == x) return row;
     with_type(x, [&](auto type) {
       using T = decltype(type);
       if constexpr (computes<C, T>) {
