@@ -436,6 +436,8 @@ def test_only_the_limited_api_of_python_is_used() -> None:
         "PyBytes_FromStringAndSize",
         "PyCapsule_GetPointer",
         "PyCapsule_New",
+        "PyDict_New",
+        "PyDict_SetItemString",
         "PyErr_Clear",
         "PyErr_Fetch",
         "PyErr_Format",
