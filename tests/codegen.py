@@ -248,8 +248,8 @@ def jobs(full: bool) -> Iterator[Job]:
         thorough = full or arch == "sm_90"
         for terms in TERMS if thorough else IN_ALL_FORMS:
             widths: tuple[int, ...] = FEW
-            if not thorough:
-                widths = (4096, 8192)
+            if not thorough:  # those that are split, which clusters begin later
+                widths = (4096, 8192) if TARGETS[arch][1].cluster == 1 else (4096, 8192, 131072)
             elif not full and terms not in IN_ALL_FORMS:
                 # Rows read in pieces, in each of their kernels, without a weight.
                 widths = (4096, 131072) if terms == "bare" else (4096,)

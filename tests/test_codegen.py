@@ -233,9 +233,14 @@ def test_all_programs_of_a_backward_fit_at_once(rungs: list[Entry], arch: str) -
     counted = [e for e in rungs if e["arch"] == arch and e["counted"] > 0]
     assert {e["cluster"] for e in counted} >= ({1} if arch == "sm_80" else {1, 4})
     assert any(map(several, counted))
-    # Each column block of each sample or group needs a program.
-    needed = [e for e in counted if e["constants"].get("FORM") == "split" and several(e)]
-    check([e for e in counted if e not in needed], left_over)
+
+    def needed(entry: Entry) -> bool:
+        """Each column block, of each sample or group, needs a program."""
+        blocks = -(-entry["cols"] // entry["constants"]["BLOCK_N"])
+        split = entry["constants"].get("FORM") == "split"
+        return split and (several(entry) or entry["grid"] == blocks)
+
+    check([e for e in counted if not needed(e)], left_over)
 
 
 @pytest.mark.parametrize("arch", NVIDIA)
