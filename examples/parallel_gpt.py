@@ -48,7 +48,6 @@ def work_joined(processes: int, work: Callable[[DeviceMesh], int]) -> NoReturn:
     A process ends with its connections and threads as they are, by no step that could wait for
     another: taking them down is where one of some fifty runs stayed.
     """
-    code = 1
     try:
         dist.init_process_group("gloo")
         with open(os.devnull, "w") as nothing:
@@ -56,7 +55,7 @@ def work_joined(processes: int, work: Callable[[DeviceMesh], int]) -> NoReturn:
             with quiet:
                 code = work(init_device_mesh("cpu", (processes,)))
                 dist.barrier()
-    except Exception:
+    except Exception:  # whatever it is: nobody above would print it before the process ends
         traceback.print_exc()
         code = 1
     sys.stdout.flush()
