@@ -138,6 +138,15 @@ def test_split_rows_with_a_large_mean(ranks: Processes, cols: int) -> None:
     ranks.run("split_accuracy", "4", "2", False, torch.float32, 40000.0, cols)
 
 
+@pytest.mark.parametrize("mean", [0.0, 40000.0])
+@pytest.mark.parametrize("rms", [False, True])
+def test_kernels_normalize_the_parts_of_split_rows(
+    ranks: Processes, rms: bool, mean: float
+) -> None:
+    """A part's own mean is corrected; one without variance takes no part of the others' away."""
+    ranks.run("split_parts", "4", rms, mean)
+
+
 @pytest.mark.parametrize(("mesh", "count"), [("2", 2), ("4", 4)])
 def test_collectives_of_split_rows(ranks: Processes, mesh: str, count: int) -> None:
     """Two numbers a row in each direction, one for RMS; torch gathers the rows."""
