@@ -702,10 +702,14 @@ MUTANTS = (
 )
 
 
+def path_of(mutant: Mutant, root: Path, triton_kernels: Path) -> Path:
+    """Return the file that a mutant edits."""
+    return (root if "/" in mutant.file else triton_kernels) / mutant.file
+
+
 def apply(mutant: Mutant, copy: Path) -> None:
     """Edit the copied kernel file, or stop where the source has moved on."""
-    folder = copy if "/" in mutant.file else copy / "fusednorm" / "triton_kernels"
-    path = folder / mutant.file
+    path = path_of(mutant, copy, copy / "fusednorm" / "triton_kernels")
     source = path.read_text()
     if mutant.old not in source:
         sys.exit(f"{mutant.what}: {mutant.file} no longer holds {mutant.old!r}")

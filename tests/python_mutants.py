@@ -55,8 +55,12 @@ TESTS = {
 
 # What cannot be told from the original, with the reason.
 EQUIVALENT = {
-    "autograd._recorder.record: torch.is_grad_enabled() and any((isinstance(value, Tensor) and "
+    "autograd.register.record: torch.is_grad_enabled() and any((isinstance(value, Tensor) and "
     "value.req... -> torch.is_grad_enabled()": "records what has no gradient, which torch drops",
+    "channels._equations_gradients: Spec((x.shape[1],), eps, rms, 0.0, x.dtype, None, None) -> "
+    "Spec((x.shape[1],), eps, rms, x.dtype, 0.0, None, None)": "without a seed both are unread",
+    "channels._equations_gradients: Spec((x.shape[1],), eps, rms, 0.0, x.dtype, None, None) -> "
+    "Spec((x.shape[1],), eps, rms, 1.0, x.dtype, None, None)": "without a seed none is dropped",
 }
 
 OPPOSITES: dict[type, type] = {
@@ -259,6 +263,11 @@ def mutants(module: str) -> list[Mutant]:
     return Finder(module, _path(module).read_bytes()).mutants
 
 
+def every_mutant() -> list[Mutant]:
+    """Return the mutants of all modules."""
+    return [mutant for module in TESTS for mutant in mutants(module)]
+
+
 def _path(module: str) -> Path:
     """Return where the repository keeps a module."""
     path = Path(*module.split(".")).with_suffix(".py")
@@ -285,13 +294,9 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=20, help="how many are drawn; 0 for all")
     parser.add_argument("--list", action="store_true", help="print their keys and run nothing")
     options = parser.parse_args()
-    found = [mutant for module in TESTS for mutant in mutants(module)]
-    stale = EQUIVALENT.keys() - {mutant.key for mutant in found}
-    if stale:
-        sys.exit("EQUIVALENT: no mutant is called\n" + "\n".join(sorted(stale)))
     found = [
         mutant
-        for mutant in found
+        for mutant in every_mutant()
         if mutant.key not in EQUIVALENT
         and (not options.words or any(word in mutant.key for word in options.words))
     ]
