@@ -319,17 +319,21 @@ def serves(backend: str, device: torch.device) -> bool:
     return _unfit(backend, device) is None
 
 
-def compiled_on_cpu(plain: bool) -> bool:
-    """Return whether `choose` takes the compiled kernels for a plain tensor on the CPU."""
-    wanted = not plain if _requested is None else _requested == "cpu"
-    return wanted and extension_missing() is None
+def of_valid_call(tensor: Tensor, plain: bool) -> str | None:
+    """Return what `choose` takes for a call that `is_plain` accepts; None for torch's operator."""
+    if _requested is None and tensor.is_cpu:
+        return None if plain else "cpu"
+    backend, _ = choose(tensor, plain=plain)
+    return None if backend == "torch" else backend
 
 
 @cache
-def is_plain() -> Callable[..., bool]:
+def is_plain() -> Callable[..., bool] | None:
     """Return the extension's check of a call, which `observers` and `validation` define."""
-    from fusednorm import _C  # type: ignore[attr-defined]
-
+    try:
+        from fusednorm import _C  # type: ignore[attr-defined]
+    except ImportError:
+        return None  # where it is needed, `extension_missing` says why
     return _C.is_plain  # type: ignore[no-any-return]
 
 

@@ -757,28 +757,31 @@ def _by_torch(
 def _unchecked(
     operands: Operands, shape: Any, eps: Any, *, rms: bool, want_h: bool = False
 ) -> tuple[Tensor, Tensor] | None:
-    """Run a norm of x, or of residual + x, that needs no further check in the compiled kernels.
+    """Run a norm of x, or of residual + x, that needs no further check in the kernels.
 
-    Return None for any other: on a small tensor the checks in Python would take longer than all
-    else.
+    Return None for any other, and without the extension: on a small tensor the checks in Python
+    would take longer than all else.
     """
     x, residual, _, weight, bias, *_ = operands
-    plain = residual is None and (not rms or "cpu" in backends.below_torch)
     if (
         type(eps) is not float
         or torch.compiler.is_compiling()
-        or not backends.compiled_on_cpu(plain)
-        or not backends.is_plain()(shape, x, residual, weight, bias)
+        or (is_plain := backends.is_plain()) is None
+        or not is_plain(shape, x, residual, weight, bias)
     ):
+        return None
+    plain = residual is None and route.is_plain(x, rms)
+    if (backend := backends.of_valid_call(x, plain)) is None:
         return None
     if backends.listener is not None:
         name = "rms_norm" if rms else "layer_norm"
         backends.note(
             f"{'' if residual is None else 'add_'}{name}", *backends.choose(x, plain=plain)
         )
-    dtype = x.dtype
-    spec = Spec(shape, eps, rms, 0.0, dtype, None if residual is None else dtype, None)
-    z, h = autograd.run(operands, spec, backends.launchers("cpu"), want_h=want_h)
+    out_dtype = _output_dtype(x, rms)
+    h_dtype = None if residual is None else x.dtype
+    spec = Spec(shape, eps, rms, 0.0, out_dtype, h_dtype, None)
+    z, h = autograd.run(operands, spec, backends.launchers(backend), want_h=want_h)
     return z, x if h is None else h
 
 

@@ -36,7 +36,7 @@ def run(call: Call) -> tuple[Tensor, Tensor]:
     if x.is_nested:
         return _run_nested(call)
     one_norm = _is_one_norm(call)
-    choice = backends.choose(x, plain=one_norm and _is_plain(x, spec.rms))
+    choice = backends.choose(x, plain=one_norm and is_plain(x, spec.rms))
     if observers.distributed(*operands):
         from fusednorm import distributed  # which imports much of torch.distributed
 
@@ -97,7 +97,7 @@ def _is_one_norm(call: Call) -> bool:
     )
 
 
-def _is_plain(x: Tensor, rms: bool) -> bool:
+def is_plain(x: Tensor, rms: bool) -> bool:
     """Return whether a norm without other terms is one operator of torch.
 
     RMS norm is where our kernels are below it; a checkpoint, whose recomputation may find them

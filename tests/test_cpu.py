@@ -335,6 +335,7 @@ def _is_plain(**changed: Any) -> bool:
         {"input": torch.ones(2, 0), "shape": (0,)},
         {"residual": PLAIN.t().contiguous().t()},
         {"weight": nn.Parameter(torch.ones(8)), "bias": torch.ones(8, dtype=torch.float64)},
+        {"input": PLAIN.to("meta"), "weight": torch.ones(8, device="meta")},
     ],
     ids=str,
 )
@@ -358,7 +359,7 @@ def test_plain_calls(changed: dict[str, Any]) -> None:
         {"input": 1.0},
         {"input": PLAIN.int()},
         {"input": PLAIN.cfloat()},
-        {"input": PLAIN.to("meta")},
+        {"input": PLAIN.to("meta"), "weight": torch.ones(8)},
         {"input": PLAIN.to_sparse()},
         {"input": PLAIN.as_subclass(_Subclass)},
         {"input": _outlived()},

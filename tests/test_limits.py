@@ -14,7 +14,7 @@ from helpers import SERVING, plain_spec
 from torch import Tensor
 
 import fusednorm
-from fusednorm import backends, reference
+from fusednorm import backends, functional, reference
 from fusednorm.spec import Operands, drop_below
 from fusednorm.triton_kernels.config import (
     Architecture,
@@ -22,6 +22,7 @@ from fusednorm.triton_kernels.config import (
     finalize_tile,
     forward_config,
 )
+from fusednorm.validation import check_norm
 
 ALMOST_ONE = math.nextafter(1.0, 0.0)
 BELOW_ZERO = math.nextafter(0.0, -1.0)
@@ -162,6 +163,28 @@ def test_short_way_to_the_kernels(function: Callable[[Any, Any], object]) -> Non
         assert calls(lambda: function(8, 1e-5)) == short
         for long in ([8], 1e-5), (torch.Size([8]), 1e-5), ((8,), torch.tensor(1e-5)):
             assert 2 * short < calls(lambda long=long: function(*long)), long
+
+
+@needs_extension
+@pytest.mark.parametrize("residual", [False, True])
+def test_short_way_to_the_kernels_of_a_gpu(
+    kernels: torch.device, monkeypatch: pytest.MonkeyPatch, residual: bool
+) -> None:
+    """The checks in Python are for what the extension does not know to be valid."""
+    checked = []
+
+    def check(*arguments: Any) -> Any:
+        checked.append(arguments)
+        return check_norm(*arguments)
+
+    monkeypatch.setattr(functional, "check_norm", check)
+    x, weight = X.to(kernels).requires_grad_(), W.to(kernels)
+    norm = fusednorm.add_layer_norm if residual else fusednorm.layer_norm
+    leading = (x, x) if residual else (x,)
+    norm(*leading, (8,), weight, weight)
+    assert not checked
+    norm(*leading, [8], weight, weight)
+    assert len(checked) == 1
 
 
 def test_short_way_to_torchs_layer_norm() -> None:
