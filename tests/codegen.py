@@ -129,7 +129,7 @@ class Terms:
     rms: bool = False
     residual: bool = False
     dropout: bool = False
-    gate: str = ""  # "vector", "sampled" or "scalar"
+    gate: str = ""  # "vector", "sampled", "scalar" or, for each row, "own"
     modulation: str = ""
     stream: str = ""  # dtype of h, if it is not that of x
     gated: str = ""  # "first" or "last": the gate of a gated norm
@@ -148,6 +148,8 @@ TERMS = {
     "stochastic depth": Terms(residual=True, gate="scalar"),
     "adaptive": Terms(affine=False, modulation="sampled"),
     "everything": Terms(residual=True, dropout=True, gate="sampled", modulation="sampled"),
+    "own terms": Terms(residual=True, gate="own", modulation="own"),
+    "own modulation": Terms(affine=False, modulation="own"),
     "gated": Terms(rms=True, gated="last"),
     "gated first": Terms(gated="first", groups=3),
 }
@@ -383,6 +385,7 @@ def _call_launcher(job: Job) -> None:
 
     def term(kind: str) -> torch.Tensor | None:
         sizes = {"vector": (1, job.cols), "sampled": (SAMPLES, job.cols), "scalar": (SAMPLES, 1)}
+        sizes["own"] = (rows, job.cols)
         return meta(*sizes[kind]) if kind else None
 
     if terms.gated:

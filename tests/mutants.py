@@ -23,6 +23,8 @@ LAYOUTS = "tests/test_layouts.py"
 JUMPS = "tests/test_jumps.py"
 DROPOUT = "tests/test_dropout.py"
 TERMS = "tests/test_terms.py"
+OWN = f"{TERMS}::test_terms_of_every_row"
+DETERMINISM = "tests/test_determinism.py"
 USES = f"{TERMS}::test_uses"
 CUDA = "tests/test_cuda.py"
 GATED = "tests/test_gated.py"
@@ -253,6 +255,46 @@ MUTANTS = (
         "e = dz",
         ACCURACY,
         "[33-torch.float32",
+    ),
+    # Terms that each row has of its own.
+    Mutant(
+        "own scale's gradient without the bias",
+        "backward.py",
+        "dscale += dz * widen(",
+        "dscale += 0.0 * widen(",
+        OWN,
+        "own and 64",
+    ),
+    Mutant(
+        "own scale missing from dweight",
+        "backward.py",
+        "dz_x_hat *= one_and_scale",
+        "dz_x_hat *= 1.0",
+        OWN,
+        "own and 64",
+    ),
+    Mutant(
+        "own gate missing from dx",
+        "backward.py",
+        "dh *= load_rows(streams.own.gate, chunk, C)",
+        "dh *= 1.0",
+        OWN,
+        "own and 64",
+    ),
+    Mutant(
+        "own scale multiplied in another order",
+        "backward.py",
+        "one_and_scale *= factor",
+        "e *= factor",
+        f"{DETERMINISM}::test_row_with_its_own_terms",
+        "64",
+    ),
+    Mutant(
+        "own terms without room in shared memory",
+        "config.py",
+        "(stream_bytes + own_bytes)",
+        "stream_bytes",
+        "tests/test_config.py::test_pipeline_fits_in_shared_memory",
     ),
     Mutant(
         "x_hat not centred",

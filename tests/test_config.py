@@ -179,7 +179,7 @@ def test_forms_follow_each_other(itemsize: int, arch: Architecture) -> None:
 def test_only_partial_rows_sees_the_number_of_rows(policy: object) -> None:
     """Sums inside a row, and what is compiled, cannot depend on what the policy is not told."""
     assert callable(policy)
-    values = {"cols", "itemsize", "arch", "stream_bytes", "gate_gradient"}
+    values = {"cols", "itemsize", "arch", "stream_bytes", "gate_gradient", "own_bytes"}
     assert {*inspect.signature(policy).parameters} <= values
     takes_rows = [
         name
@@ -211,12 +211,17 @@ def test_sums_inside_a_row_are_the_same_on_all_nvidia_devices(itemsize: int) -> 
 
 @every_device
 @every_itemsize
-def test_pipeline_fits_in_shared_memory(itemsize: int, arch: Architecture) -> None:
-    """The tiles in flight, x and dy of each stage but the last, fit beside the reductions."""
+@pytest.mark.parametrize("own", [0, 2])
+def test_pipeline_fits_in_shared_memory(itemsize: int, arch: Architecture, own: int) -> None:
+    """The tiles in flight, x and dy of each stage but the last, fit beside the reductions.
+
+    So do those of terms that each row has of its own, and they change no sum inside a row.
+    """
     for cols in COLS:
-        backward = backward_config(cols, itemsize, arch, 2 * itemsize)
+        backward = backward_config(cols, itemsize, arch, 2 * itemsize, own_bytes=own * itemsize)
         tile = backward.tile
-        copies = 4 if backward.form == "reload" else 2
+        assert tile == backward_config(cols, itemsize, arch, 2 * itemsize).tile, cols
+        copies = (own + 2) * (2 if backward.form == "reload" else 1)
         stage = copies * tile.rows * tile.chunks * tile.block_n * itemsize // tile.cluster
         used = (backward.num_stages - 1) * stage + REDUCTION_BYTES
         assert backward.num_stages >= 1, cols

@@ -61,7 +61,9 @@ def _sample(case: Case, samples: slice, rows: slice) -> Case:
     terms = case.terms
     assert terms is not None
     parts = {
-        name: getattr(terms, name)[samples, rows].clone() for name in ("residual", "keep", "dh")
+        name: value[samples, rows].clone()
+        for name in ("residual", "keep", "dh")
+        if (value := getattr(terms, name)) is not None
     }
     parts |= {name: getattr(terms, name)[samples].clone() for name in ("gate", "scale", "shift")}
     return Case(
@@ -71,6 +73,21 @@ def _sample(case: Case, samples: slice, rows: slice) -> Case:
         case.dy[samples, rows].clone(),
         terms=Terms(**parts, dropout_p=terms.dropout_p, seed=terms.seed),
     )
+
+
+@pytest.mark.parametrize(("cols", "dtype"), FORMS)
+def test_row_with_its_own_terms(
+    kernels: torch.device, monkeypatch: pytest.MonkeyPatch, cols: int, dtype: torch.dtype
+) -> None:
+    """Its bits are the same alone, among others, and where another row has its terms as well."""
+    few_programs(monkeypatch)
+    kinds = dict.fromkeys(("gate", "scale", "shift"), "sampled")
+    case = add_terms(make_case((5, 2), cols, dtype, kernels, mean=2.0), residual=True, **kinds)
+    twice = run(fused, case)
+    for samples in (slice(0, 5), slice(4, 5)):
+        once = run(fused, _sample(case, samples, slice(0, 1)))
+        for name in ("y", "h", "dx", "dresidual"):
+            assert torch.equal(once[name], twice[name][samples, :1]), (name, samples)
 
 
 @pytest.mark.parametrize(("cols", "dtype"), FORMS)

@@ -51,6 +51,7 @@ USES: dict[str, dict[str, Any]] = {
         **{"residual": True, "gate": "sampled", "scale": "sampled", "shift": "sampled"},
         "weight": False,
     },
+    "AdaLN, scale and shift for each row": {"scale": "own", "shift": "own", "weight": False},
     "gated RMSNorm": {"rms": True, "gated": "last"},
     "RMSNorm of the gated": {"rms": True, "gated": "first"},
 }
@@ -66,6 +67,7 @@ def _case(use: dict[str, Any]) -> Case:
         x = _meta(SAMPLES, CHANNELS, ROWS)
         return Case(x, _meta(CHANNELS), _meta(CHANNELS), x.detach())
     sizes = {"vector": (COLS,), "sampled": (SAMPLES, 1, COLS), "drawn": (SAMPLES, 1, 1)}
+    sizes["own"] = (SAMPLES, ROWS, COLS)
     x = _meta(SAMPLES, ROWS, COLS)
     terms = {
         name: _meta(*sizes[use[name]]).requires_grad_(use[name] != "drawn")

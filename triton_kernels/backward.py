@@ -10,8 +10,9 @@ c1 = mean(e * d) * rstd^2 and c2 = mean(e) (0 for RMS), and dh the gradient of h
 
 The last four follow from two sums over the rows of one sample, of dz * x_hat and of dz. Persistent
 programs own consecutive rows of one sample and keep these sums in registers; each leaves one
-partial row, and the kernel of finalize.py adds the partial rows in a fixed order. `README.md`
-beside this file holds the derivation and the reason for partials.
+partial row, and the kernel of finalize.py adds the partial rows in a fixed order. Where every row
+is a sample, dgate, dscale and dshift are no sums: they are stored as they are, and the two sums are
+of dy * x_hat and dy. `README.md` beside this file holds the derivation and the reason for partials.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from .tile import (
     chunk_columns,
     constants,
     dropped_out,
+    load_parameter,
     load_rows,
     load_term,
     row_offsets,
@@ -58,6 +60,7 @@ class Streams(NamedTuple):
         rstd: [ROWS, 1].
         dx: Pointer to [M, N], or None.
         dresidual: Pointer to [M, N], or None.
+        own: The terms that each row has of its own, or None.
     """
 
     h: Any
@@ -68,6 +71,27 @@ class Streams(NamedTuple):
     rstd: Any
     dx: Any
     dresidual: Any
+    own: Any
+
+
+class RowTerms(NamedTuple):
+    """Gate and scale of which each row has its own, and the gradients of such terms.
+
+    Attributes:
+        gate: Rows, or absent.
+        scale: Rows, or absent.
+        bias: Pointer to [N], or None.
+        dgate: Pointer to [M, N], or None.
+        dscale: Pointer to [M, N], or None.
+        dshift: Pointer to [M, N], or None.
+    """
+
+    gate: Any
+    scale: Any
+    bias: Any
+    dgate: Any
+    dscale: Any
+    dshift: Any
 
 
 class Terms(NamedTuple):
@@ -87,17 +111,48 @@ class Sums(NamedTuple):
 
 
 @triton.jit
-def _load_chunk(streams, factors, i, chunk, C: tl.constexpr):
-    """Load a [ROWS, BLOCK_N] chunk, the i-th; return d, e, dz and dz * x_hat."""
+def _load_chunk(streams, factors, i, tile, AGAIN: tl.constexpr, C: tl.constexpr):
+    """Load a [ROWS, BLOCK_N] chunk, the i-th; return d, e, dz and dz * x_hat.
+
+    Where each row has its own scale, dz is dy.
+    """
+    chunk = take_chunk(tile, i, C)
     # Where the mask ends, d is arbitrary: it is only ever multiplied by dz or e, which are 0.
     d = load_rows(streams.h, chunk, C)
     if streams.mean is not None:
         d -= streams.mean
     dz = load_rows(streams.dz, chunk, C)
     e, dz_x_hat = scaled(streams, dz, d, C)
+    factor = None
     if len(factors) > 0:
-        e *= widen(factors[i], C)
+        factor = widen(factors[i], C)
+    if streams.own is not None:
+        if not AGAIN:
+            _store_modulation(streams.own, factor, tile, chunk, dz, dz_x_hat, C)
+        if streams.own.scale.ptr is not None:
+            one_and_scale = 1.0 + load_rows(streams.own.scale, chunk, C)
+            dz *= one_and_scale
+            dz_x_hat *= one_and_scale
+            # In the order of `load_factor`, for the bits of a row that is alone.
+            if factor is not None:
+                one_and_scale *= factor
+            factor = one_and_scale
+    if factor is not None:
+        e *= factor
     return d, e, dz, dz_x_hat
+
+
+@triton.jit
+def _store_modulation(own, weight, tile, chunk, dz, dz_x_hat, C: tl.constexpr):
+    """Store a chunk of dshift = dz and of dscale = dz * (x_hat * weight + bias)."""
+    store_rows(own.dshift, tile, chunk, dz, C)
+    if own.dscale is not None:
+        dscale = dz_x_hat
+        if weight is not None:
+            dscale *= weight
+        if own.bias is not None:
+            dscale += dz * widen(load_parameter(own.bias, chunk, C), C)
+        store_rows(own.dscale, tile, chunk, dscale, C)
 
 
 @triton.jit
@@ -109,9 +164,16 @@ def _store_chunk(streams, terms, dgate, dh, tile, i, C: tl.constexpr):
     store_rows(streams.dresidual, tile, chunk, dh, C)
     dh = dropped_out(terms.dropout, tile, chunk, dh, C)
     if streams.x.ptr is not None:
-        dgate += dh * load_rows(streams.x, chunk, C)
+        share = dh * load_rows(streams.x, chunk, C)
+        if streams.own is None:
+            dgate += share
+        else:
+            store_rows(streams.own.dgate, tile, chunk, share, C)
     if len(terms.gates) > 0:
         dh *= widen(terms.gates[i], C)
+    if streams.own is not None:
+        if streams.own.gate.ptr is not None:
+            dh *= load_rows(streams.own.gate, chunk, C)
     store_rows(streams.dx, tile, chunk, dh, C)
     return dgate
 
@@ -127,7 +189,7 @@ def _take_tile(streams, terms, sums, tile, c1, c2, AGAIN: tl.constexpr, C: tl.co
     dz_x_hats = ()
     dzs = ()
     for i in tl.static_range(C.CHUNKS):
-        d, e, dz, dz_x_hat = _load_chunk(streams, terms.factors, i, take_chunk(tile, i, C), C)
+        d, e, dz, dz_x_hat = _load_chunk(streams, terms.factors, i, tile, False, C)
         if i == 0:
             e_d = e * d
             e_sum = e
@@ -143,7 +205,7 @@ def _take_tile(streams, terms, sums, tile, c1, c2, AGAIN: tl.constexpr, C: tl.co
     dgates = ()
     for i in tl.static_range(C.CHUNKS):
         if AGAIN:
-            d, e, _, _ = _load_chunk(streams, terms.factors, i, take_chunk(tile, i, C), C)
+            d, e, _, _ = _load_chunk(streams, terms.factors, i, tile, True, C)
             dh = through_norm(streams, d, e, c1, c2)
         else:
             dh = through_norm(streams, ds[i], es[i], c1, c2)
@@ -205,15 +267,17 @@ def layer_norm_bwd_sums_kernel(
         rstd=load_column(rstd_ptr, tile),
         dx=None,
         dresidual=None,
+        own=None,
     )
     e_d = zeros(C)
     e_sum = zeros(C)
     for i in tl.range(0, steps):
-        chunk = take_chunk(tile, i, C)
+        tile = Tile(row, row + 1, samples, i)
         factors = ()
         if weight_ptr is not None or scale_ptr is not None:
+            chunk = take_chunk(tile, 0, C)
             factors = (load_factor(weight_ptr, scale, samples, chunk, C),)
-        d, e, _, _ = _load_chunk(streams, factors, 0, chunk, C)
+        d, e, _, _ = _load_chunk(streams, factors, 0, tile, False, C)
         e_d += e * d
         e_sum += e
     c1, c2 = row_factors(streams, e_d, e_sum, C)
@@ -235,6 +299,7 @@ def layer_norm_bwd_kernel(
     x_ptr,  # likewise; None unless dgate is wanted
     gate_ptr,  # a vector [N] or a number for each sample, gate_stride apart, or None
     weight_ptr,  # [N] or None
+    bias_ptr,  # [N] or None; None unless dscale_ptr is wanted
     scale_ptr,  # as gate
     seed_ptr,  # one int64, or None without dropout
     mean_ptr,  # [M], or None for RMS
@@ -245,7 +310,9 @@ def layer_norm_bwd_kernel(
     dresidual_ptr,  # [M, N], contiguous, or None
     dz_x_hat_ptr,  # [programs, N] partial sums of dz * x_hat, or None
     dz_sum_ptr,  # [programs, N] partial sums of dz, or None
-    dgate_ptr,  # [programs, N] partials, or None
+    dgate_ptr,  # [programs, N] partials or, of rows with their own terms, [M, N]; or None
+    dscale_ptr,  # [M, N], contiguous, of rows with their own terms; or None
+    dshift_ptr,  # likewise
     M: tl.int64,
     dz_stride: tl.int64,
     dz_jumps,  # `jump_arguments`, or None
@@ -268,6 +335,7 @@ def layer_norm_bwd_kernel(
     CHUNKS: tl.constexpr,
     FORM: tl.constexpr,
     SAMPLED: tl.constexpr,  # some term differs from sample to sample
+    OWN_TERMS: tl.constexpr,  # gate and scale are [M, N]
     GATE_SCALAR: tl.constexpr,
     SCALE_SCALAR: tl.constexpr,
     DZ_VECTOR: tl.constexpr,
@@ -299,17 +367,19 @@ def layer_norm_bwd_kernel(
         start = program * rows_per_program
         end = tl.minimum(start + rows_per_program, M)
 
-    gate = Term(gate_ptr, gate_ptr if GATE_SCALAR else None, gate_stride)
-    scale = Term(scale_ptr, scale_ptr if SCALE_SCALAR else None, scale_stride)
+    gate = Term(None if OWN_TERMS else gate_ptr, gate_ptr if GATE_SCALAR else None, gate_stride)
+    scale = Term(
+        None if OWN_TERMS else scale_ptr, scale_ptr if SCALE_SCALAR else None, scale_stride
+    )
     tile = Tile(start + tl.arange(0, ROWS), end, samples, first_chunk)
     factors = ()
     gates = ()
     nothing = ()
     for i in tl.static_range(CHUNKS):
         chunk = take_chunk(tile, i, C)
-        if weight_ptr is not None or scale_ptr is not None:
+        if weight_ptr is not None or scale.ptr is not None:
             factors += (load_factor(weight_ptr, scale, samples, chunk, C),)
-        if gate_ptr is not None:
+        if gate.ptr is not None:
             gates += (load_term(gate, samples, chunk.cols, C),)
         nothing += (zeros(C),)
     terms = Terms(factors, gates, Dropout(seed_ptr, drop_below, inverse_keep))
@@ -321,6 +391,13 @@ def layer_norm_bwd_kernel(
         mean = None
         if mean_ptr is not None:
             mean = load_column(mean_ptr, tile)
+        own = None
+        if OWN_TERMS:
+            own = RowTerms(
+                Rows(gate_ptr, row_offsets(rows, gate_stride, TERM_VECTOR)),
+                Rows(scale_ptr, row_offsets(rows, scale_stride, TERM_VECTOR)),
+                *(bias_ptr, dgate_ptr, dscale_ptr, dshift_ptr),
+            )
         streams = Streams(
             h=Rows(h_ptr, row_offsets(rows, h_stride, H_VECTOR, h_jumps)),
             dz=Rows(dz_ptr, row_offsets(rows, dz_stride, DZ_VECTOR, dz_jumps)),
@@ -330,6 +407,7 @@ def layer_norm_bwd_kernel(
             rstd=load_column(rstd_ptr, tile),
             dx=dx_ptr,
             dresidual=dresidual_ptr,
+            own=own,
         )
         c1 = None
         c2 = None
@@ -348,7 +426,8 @@ def layer_norm_bwd_kernel(
         cols = chunk_columns(first_chunk + i, BLOCK_N)
         store_partial(dz_x_hat_ptr, partial, cols, sums.dz_x_hat[i], N)
         store_partial(dz_sum_ptr, partial, cols, sums.dz[i], N)
-        store_partial(dgate_ptr, partial, cols, sums.dgate[i], N)
+        if not OWN_TERMS:
+            store_partial(dgate_ptr, partial, cols, sums.dgate[i], N)
 
 
 @plans.repeated("triton_backward", tensors=12, device_of=3)
@@ -409,6 +488,10 @@ def layer_norm_bwd(
     dx, dresidual, dgate, dweight, dbias, dscale, dshift = gradients
     through_rows = not (dx is None and dresidual is None and dgate is None)
     terms = launch.terms(rows, cols, gate, scale, shift)
+    own_terms = terms.of_rows(rows, cols)
+    own, summed = (None, None, None), gradients
+    if own_terms:
+        own, summed = (dgate, dscale, dshift), (dx, dresidual, None, dweight, dbias, None, None)
     weight, bias = launch.vector(weight), launch.vector(bias)
     dz_rows, dh_rows, h_rows, x_rows = streams = [
         launch.as_rows(tensor, normalized_shape)
@@ -423,19 +506,22 @@ def layer_norm_bwd(
         arch,
         sum(stream.tensor.element_size() for stream in streams if stream.tensor is not None),
         gate_gradient=dgate is not None,
+        own_bytes=sum(t.element_size() for t in terms.tensors[:2] if t is not None and own_terms),
     )
     tile = config.tile
     column_blocks = -(-cols // tile.block_n) if config.form == "split" else 1
     # Programs own rows of one sample each, so that partial rows belong to samples.
-    shares, sample_rows = column_blocks * terms.samples, terms.rows_per_sample
+    samples = 1 if own_terms else terms.samples
+    shares, sample_rows = column_blocks * samples, rows // samples
     wanted = partial_rows(sample_rows, h.element_size(), shares, config, arch)
     rows_per_program = tile.rows * -(-sample_rows // (wanted * tile.rows))
     programs_per_sample = -(-sample_rows // rows_per_program)
-    programs = programs_per_sample * terms.samples
+    programs = programs_per_sample * samples
 
     def partial(needed: bool) -> torch.Tensor | None:
         return plans.scratch(rstd, programs, cols) if needed else None
 
+    _, _, dgate, dweight, dbias, dscale, dshift = summed
     dscale_needs_sum = dscale is not None and bias is not None
     partials = (
         partial(dweight is not None or dscale is not None),
@@ -455,6 +541,7 @@ def layer_norm_bwd(
             x_rows.tensor,
             terms.tensors[0],
             weight,
+            bias if own[1] is not None else None,
             terms.tensors[1],
             seed,
             mean,
@@ -463,11 +550,13 @@ def layer_norm_bwd(
             c2,
             dx,
             dresidual,
-            *partials,
+            *partials[:2],
+            own[0] if own_terms else partials[2],
+            *own[1:],
             rows,
             *(value for stream in streams for value in (stream.stride, stream.jumps)),
             *terms.strides[:2],
-            terms.rows_per_sample,
+            sample_rows,
             programs_per_sample,
             rows_per_program,
             drop_below(dropout_p),
@@ -484,11 +573,15 @@ def layer_norm_bwd(
             X_HAT_DTYPE=launch.TRITON_DTYPE[x_hat_dtype],
             COMPUTE=launch.TRITON_DTYPE[rstd.dtype],
             NUM_STAGES=config.num_stages,
-            **terms.chosen("SAMPLED", "GATE_SCALAR", "SCALE_SCALAR", "TERM_VECTOR"),
+            SAMPLED=samples > 1,
+            OWN_TERMS=own_terms,
+            **terms.chosen("GATE_SCALAR", "SCALE_SCALAR", "TERM_VECTOR"),
             **launch.options(tile.num_warps, arch, config.programs_per_processor, tile.cluster),
         )
-        if any(gradient is not None for gradient in gradients[2:]):
-            launch_finalize(gradients, partials, programs, weight, bias, terms, cols, arch)
+        if any(gradient is not None for gradient in summed[2:]):
+            if own_terms:
+                terms = launch.terms(rows, cols, None, None, None)
+            launch_finalize(summed, partials, programs, weight, bias, terms, cols, arch)
     return gradients
 
 

@@ -324,7 +324,12 @@ def forward_config(cols: int, itemsize: int, arch: Architecture) -> ForwardConfi
 
 @lru_cache(maxsize=4096)
 def backward_config(
-    cols: int, itemsize: int, arch: Architecture, stream_bytes: int, gate_gradient: bool = False
+    cols: int,
+    itemsize: int,
+    arch: Architecture,
+    stream_bytes: int,
+    gate_gradient: bool = False,
+    own_bytes: int = 0,
 ) -> BackwardConfig:
     """Return the backward launch for rows of `cols` elements of `itemsize` bytes.
 
@@ -334,9 +339,11 @@ def backward_config(
         arch: The device.
         stream_bytes: Bytes that are read for each column of a row: those of h, dz, dh and x.
         gate_gradient: Whether the sums of dgate are kept as well.
+        own_bytes: Bytes of the gate and scale for each column, where each row has its own. They
+            change no tile: a row that is alone has the tile of a row among others.
     """
     # The gradient of a gate takes half as much again: such rows are tiled as if twice as long.
-    sums, most, length = None, 24, 1
+    sums, most, length, readings = None, 24, 1, 1
     if gate_gradient:
         most, length = 12, 2
     chunks = MOST_CHUNKS if gate_gradient or stream_bytes > 2 * itemsize else 32
@@ -356,7 +363,7 @@ def backward_config(
         # types spill even so.
         form = "reload"
         tile = _row_tile(cols, itemsize, per_thread, 1, arch.warp_size, chunks)
-        stream_bytes *= 2  # the pipeline fetches the second reading as well
+        readings = 2  # the pipeline fetches the second one as well
     elif common := _cluster_tile(cols, itemsize, longest.limit // length, per_thread, arch, chunks):
         form, tile = "resident", common
     else:
@@ -364,7 +371,8 @@ def backward_config(
         threads = 2 * MIN_THREADS
         rows = 1 if gate_gradient else 2  # with three accumulators two rows take 226 registers
         tile = RowTile(threads * VECTOR_BYTES // itemsize, 1, rows, threads // arch.warp_size)
-    stage_bytes = stream_bytes * tile.rows * tile.chunks * tile.block_n // tile.cluster
+    row_bytes = readings * (stream_bytes + own_bytes)
+    stage_bytes = row_bytes * tile.rows * tile.chunks * tile.block_n // tile.cluster
     # Three stages keep two tiles in flight while one is worked on; a device whose shared memory
     # does not hold them gets two, or none, and float64 has no registers left for a third. The
     # reductions need under 1 KB beside them.

@@ -170,6 +170,11 @@ class Terms(NamedTuple):
     samples: int
     constants: dict[str, object]
 
+    def of_rows(self, rows: int, cols: int) -> bool:
+        """Return whether every term that is there has a vector for each of several rows."""
+        there = [tensor for tensor in self.tensors if tensor is not None]
+        return 1 < rows == self.samples and all(tensor.shape == (rows, cols) for tensor in there)
+
     def chosen(self, *names: str) -> dict[str, object]:
         """Return the constants that a kernel takes."""
         return {name: self.constants[name] for name in names}

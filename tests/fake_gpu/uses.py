@@ -34,7 +34,7 @@ class Use:
     affine: bool = True
     residual: bool = False
     dropout_p: float = 0.0
-    gate: str = ""  # vector, sampled or number, as the other terms
+    gate: str = ""  # vector, sampled, number or, for each row, own, as the other terms
     modulation: str = ""
     x_hat: str = ""
     padding: int = 0  # elements between the rows of x and of dz
@@ -58,6 +58,7 @@ _EVERYTHING = Use(
     modulation="sampled",
     stream="float32",
 )
+_OWN_TERMS = Use("own_terms", residual=True, gate="own", modulation="own")
 TERMS = (
     _LAYER_NORM,
     _ADD_NORM,
@@ -76,6 +77,7 @@ TERMS = (
     Use("drop_path", residual=True, gate="number"),
     Use("ada_ln", affine=False, modulation="sampled"),
     Use("ada_ln_of_numbers", modulation="number"),
+    _OWN_TERMS,
     Use("gated", gated="last"),
     Use("gated_rms_first", gated="first", rms=True, padding=8),
     _EVERYTHING,
@@ -84,6 +86,7 @@ _SELECTION = (
     *TERMS[:10],
     Use("ada_ln", affine=False, modulation="sampled"),
     Use("drop_path", residual=True, gate="number", dtype="float16"),
+    _OWN_TERMS,
     Use("only_h", residual=True, dropout_p=0.1, no_dz=True),
     Use("gated", gated="last"),
     Use("gated_rms_first", gated="first", rms=True, cols=40000, dtype="float32"),
@@ -218,6 +221,7 @@ def _parameters(use: Use) -> dict[str, Tensor | None]:
 
     def term(kind: str) -> Tensor | None:
         sizes = {"vector": (1, use.cols), "sampled": (SAMPLES, use.cols), "number": (SAMPLES, 1)}
+        sizes["own"] = (use.rows, use.cols)
         return torch.ones(sizes[kind], dtype=dtype) if kind else None
 
     return {
