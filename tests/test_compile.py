@@ -596,13 +596,21 @@ def test_grids_of_the_longest_rows(
 
 
 def test_rows_samples_and_rates_compile_nothing(meta_launches: list[Launch]) -> None:
-    """With every term neither M nor the number of samples nor the rate is compiled in."""
+    """With every term neither M nor the number of samples nor the rate is compiled in.
+
+    But samples of one row are rows with terms of their own, whose gradients are no sums.
+    """
     for rows in MANY_ROWS:
-        if rows:
+        if rows > 1:
             launch_every_term(rows, 1 / (rows + 1))
     keys = compile_keys(meta_launches)
     assert len(keys) == 3
     assert {name: len(found) for name, found in keys.items()} == dict.fromkeys(keys, 1)
+    for dropout_p in (0.0, 0.1, 0.5):
+        launch_every_term(1, dropout_p)
+    found = compile_keys(meta_launches)
+    assert found.keys() == keys.keys()
+    assert max(map(len, found.values())) == 2
 
 
 @pytest.mark.parametrize("dtype", [BF16, F32, F64], ids=str)
