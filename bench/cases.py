@@ -161,7 +161,8 @@ def draw(case: Case, device: torch.device, generator: torch.Generator) -> Inputs
     x = tensor(*shape, dtype=case.dtype, offset=2.0)
     if case.norm == "dropout":
         # No element is near 0, so that h shows which ones were dropped.
-        x = (x.detach() + x.detach().sign() / 2).requires_grad_(trains)
+        away = torch.full_like(x, 0.5).copysign(x.detach())  # of 0 as well
+        x = (x.detach() + away).requires_grad_(trains)
     added, modulated = case.norm in ADDED, case.norm in MODULATED
 
     def term(wanted: bool = modulated) -> Tensor | None:
