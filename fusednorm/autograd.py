@@ -78,22 +78,26 @@ def _gradients(
     wanted: Mask,
     launchers: Launchers | None,
 ) -> Gradients:
-    if launchers is not None and launchers.differentiable:
-        shape, _, _, dropout_p, _, _, x_hat_dtype = spec
+    shape, eps, rms, dropout_p, _, _, x_hat_dtype = spec
+    if launchers is not None and (launchers.differentiable or _is_plain(dz, dh, saved.h)):
         return launchers.backward(dz, dh, *saved, shape, dropout_p, *dtypes, x_hat_dtype, wanted)
     if transforms_active() or batched(dz) or batched(dh):
         return reference.layer_norm_bwd(dz, dh, saved, spec, dtypes, wanted)
-    shape, eps, rms, dropout_p, _, _, x_hat_dtype = spec
-    if (
-        launchers is not None
-        and not torch.is_grad_enabled()
-        and not operators_watched()
-        and all_plain(dz, dh, saved.h)
-    ):
-        return launchers.backward(dz, dh, *saved, shape, dropout_p, *dtypes, x_hat_dtype, wanted)
     numbers = (eps, rms, dropout_p)
     grads = ops.layer_norm_bwd(dz, dh, *saved, shape, *numbers, *dtypes, x_hat_dtype, wanted)
     return tuple(grad if want else None for grad, want in zip(grads, wanted, strict=True))
+
+
+def _is_plain(dz: Tensor | None, dh: Tensor | None, h: Tensor) -> bool:
+    """Return whether a backward is recorded by nobody and of plain tensors: for the launchers."""
+    return (
+        not torch.is_grad_enabled()
+        and not operators_watched()
+        and not transforms_active()
+        and all_plain(dz, dh, h)
+        and not batched(dz)
+        and not batched(dh)
+    )
 
 
 class LayerNormFunction(torch.autograd.Function):

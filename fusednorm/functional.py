@@ -785,8 +785,8 @@ def _unchecked(
     return z, x if h is None else h
 
 
-def _default_eps(*tensors: Tensor | None) -> float:
-    return _EPS[compute_dtype(*[getattr(tensor, "dtype", None) for tensor in tensors])]
+def _default_eps(x: Tensor, other: Tensor | None = None) -> float:
+    return _EPS[compute_dtype(getattr(x, "dtype", None), getattr(other, "dtype", None))]
 
 
 def _output_dtype(input: Tensor, rms: bool) -> torch.dtype:

@@ -27,6 +27,7 @@ USUAL = (
 _UNUSUAL = ~USUAL
 
 
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 _set_tracing_state: Any = getattr(torch._C, "_set_tracing_state")  # noqa: B009  (torch's stub lacks it)
 
 
@@ -74,9 +75,7 @@ def saving_watched() -> bool:
 def all_plain(*tensors: Tensor | None) -> bool:
     """Return whether none is a subclass with rules of its own, or outlived a transform."""
     for tensor in tensors:  # all() takes three times as long
-        if tensor is not None and (
-            type(tensor) not in PLAIN or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-        ):
+        if tensor is not None and (type(tensor) not in PLAIN or _is_wrapped(tensor)):
             return False
     return True
 
