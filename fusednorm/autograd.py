@@ -79,7 +79,7 @@ def _gradients(
     launchers: Launchers | None,
 ) -> Gradients:
     shape, eps, rms, dropout_p, _, _, x_hat_dtype = spec
-    if launchers is not None and (launchers.differentiable or _is_plain(dz, dh, saved.h)):
+    if launchers is not None and (launchers.differentiable or _is_unwatched(dz, dh, saved.h)):
         return launchers.backward(dz, dh, *saved, shape, dropout_p, *dtypes, x_hat_dtype, wanted)
     if transforms_active() or batched(dz) or batched(dh):
         return reference.layer_norm_bwd(dz, dh, saved, spec, dtypes, wanted)
@@ -88,7 +88,7 @@ def _gradients(
     return tuple(grad if want else None for grad, want in zip(grads, wanted, strict=True))
 
 
-def _is_plain(dz: Tensor | None, dh: Tensor | None, h: Tensor) -> bool:
+def _is_unwatched(dz: Tensor | None, dh: Tensor | None, h: Tensor) -> bool:
     """Return whether a backward is recorded by nobody and of plain tensors: for the launchers."""
     return (
         not torch.is_grad_enabled()

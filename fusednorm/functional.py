@@ -770,7 +770,7 @@ def _unchecked(
         or not is_plain(shape, x, residual, weight, bias)
     ):
         return None
-    plain = residual is None and route.is_plain(x, rms)
+    plain = residual is None and route.is_one_operator(x, rms)
     if (backend := backends.of_valid_call(x, plain)) is None:
         return None
     if backends.listener is not None:

@@ -36,7 +36,7 @@ def run(call: Call) -> tuple[Tensor, Tensor]:
     if x.is_nested:
         return _run_nested(call)
     one_norm = _is_one_norm(call)
-    choice = backends.choose(x, plain=one_norm and is_plain(x, spec.rms))
+    choice = backends.choose(x, plain=one_norm and is_one_operator(x, spec.rms))
     if observers.distributed(*operands):
         from fusednorm import distributed  # which imports much of torch.distributed
 
@@ -97,14 +97,14 @@ def _is_one_norm(call: Call) -> bool:
     )
 
 
-def is_plain(x: Tensor, rms: bool) -> bool:
+def is_one_operator(x: Tensor, rms: bool) -> bool:
     """Return whether a norm without other terms is one operator of torch.
 
     RMS norm is where our kernels are below it; a checkpoint, whose recomputation may find them
     gone, gets what they leave behind otherwise.
     """
     below = backends.below_torch
-    return not rms or (below != set() and x.device.type in below and not observers.saving_watched())
+    return not rms or (bool(below) and x.device.type in below and not observers.saving_watched())
 
 
 def _run_nested(call: Call) -> tuple[Tensor, Tensor]:
