@@ -160,11 +160,11 @@ def test_auto_on_cuda(
     detection: pytest.MonkeyPatch, capability: tuple[int, int], hip: str | None, expected: Choice
 ) -> None:
     """The kernels run where Triton compiles for the device; AMD counts capabilities differently."""
+    x = _cuda_tensor()  # before there is a device: a fake mode of torch 2.10 asks for its driver
     detection.setattr(torch.cuda, "is_available", lambda: True)
     detection.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     detection.setattr(torch.version, "hip", hip)
     detection.setattr(backends, "_driver_missing", lambda: None)
-    x = _cuda_tensor()
     assert backends.choose(x) == expected
 
 
