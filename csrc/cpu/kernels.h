@@ -643,7 +643,7 @@ ALWAYS_INLINE void differentiate(const GradientRows<Z, H, X, R>& rows, int64_t c
   const bool has_dresidual = !std::is_same_v<H, X> && rows.dresidual[0];
   // The two most frequent cases, a plain norm with trained parameters and one with frozen ones,
   // have no branch in the loop.
-  const auto run = [&](auto wanted, auto streamed) {
+  const auto run = [&](auto wanted, auto streamed, auto adds_dh) {
     constexpr bool all = wanted == Wanted::all, plain = wanted != Wanted::some;
     const bool dweight = all || (!plain && sums.dz_x_hat), dbias = all || (!plain && sums.dz);
     // Copies that no store can change: they stay in registers.
@@ -672,7 +672,7 @@ ALWAYS_INLINE void differentiate(const GradientRows<Z, H, X, R>& rows, int64_t c
           const Vector<C> g = plain || factor ? value * weight : value;
           const Vector<C> projection = multiply_add(x_hat, Vector<C>{} + c1, Vector<C>{} + c2);
           Vector<C> total = (g + projection) * rstd;
-          if (has_dh) total += load<C>(at.dh[r] + col, part);
+          if (adds_dh && has_dh) total += load<C>(at.dh[r] + col, part);
           put<C>(at.dx[r] + col, total, part, streamed);
           if (has_dresidual) put<C>(at.dresidual[r] + col, total, part, streamed);
         }
@@ -682,13 +682,19 @@ ALWAYS_INLINE void differentiate(const GradientRows<Z, H, X, R>& rows, int64_t c
     });
   };
   const auto run_streamed = [&](auto wanted) {
-    if (streamed)
-      run(wanted, std::true_type{});
+    const auto run_with = [&](auto adds_dh) {
+      if (streamed)
+        run(wanted, std::true_type{}, adds_dh);
+      else
+        run(wanted, std::false_type{}, adds_dh);
+    };
+    if (has_dh)
+      run_with(std::true_type{});
     else
-      run(wanted, std::false_type{});
+      run_with(std::false_type{});
   };
   if (!has_dx || !factor || x_hat_dtype != DType::none || !sums.dz_x_hat != !sums.dz)
-    run(std::integral_constant<Wanted, Wanted::some>{}, std::false_type{});
+    run(std::integral_constant<Wanted, Wanted::some>{}, std::false_type{}, std::true_type{});
   else if (sums.dz)
     run_streamed(std::integral_constant<Wanted, Wanted::all>{});
   else
