@@ -603,7 +603,7 @@ def test_float16_up_to_its_range(kernels: torch.device, cols: int) -> None:
 
 @pytest.mark.parametrize("value", [0.0, 2.0, -0.1, 1e4, 5e-7])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("cols", [5, 100])
+@pytest.mark.parametrize("cols", [5, 376])  # 376 * (1 / 376) is not 1 in float32
 def test_constant_rows(kernels: torch.device, cols: int, dtype: torch.dtype, value: float) -> None:
     """A row without variance gives the bias, and no rounding of the mean grows into an output."""
     case = make_case(7, cols, dtype, kernels)
