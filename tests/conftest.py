@@ -12,9 +12,14 @@ import torch
 if not torch.cuda.is_available() and importlib.util.find_spec("triton"):
     os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are imported
 
-    from interpreter import patch_language_once_per_launch, round_to_nearest_bfloat16
+    from interpreter import (
+        fuse_multiply_add,
+        patch_language_once_per_launch,
+        round_to_nearest_bfloat16,
+    )
 
     patch_language_once_per_launch()
+    fuse_multiply_add()
     round_to_nearest_bfloat16()
 
 from spies import Launch, record_launches

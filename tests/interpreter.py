@@ -39,6 +39,22 @@ def patch_language_once_per_launch() -> None:
     interpreter._patch_lang = patch_once
 
 
+def fuse_multiply_add() -> None:
+    """Round a float32 `fma` once, as a GPU does and the interpreter from Triton 3.9 on.
+
+    The product is exact in float64, and the sum is rounded there first, to 29 more bits.
+    """
+    fma = interpreter.InterpreterBuilder.create_fma
+
+    def create_fma(self: Any, x: Any, y: Any, z: Any) -> Any:
+        if z.data.dtype != np.float32:
+            return fma(self, x, y, z)
+        wide = x.data.astype(np.float64) * y.data + z.data
+        return interpreter.TensorHandle(wide.astype(np.float32), z.dtype.scalar)
+
+    interpreter.InterpreterBuilder.create_fma = create_fma
+
+
 def round_to_nearest_bfloat16() -> None:
     """Convert float32 to bfloat16 to nearest even, as a GPU does; the interpreter truncates.
 

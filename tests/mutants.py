@@ -284,8 +284,8 @@ MUTANTS = (
     Mutant(
         "own scale multiplied in another order",
         "backward.py",
-        "one_and_scale *= factor",
-        "e *= factor",
+        "e *= _weighted(one_and_scale, factors, i, C)",
+        "e = _weighted(e * one_and_scale, factors, i, C)",
         f"{DETERMINISM}::test_row_with_its_own_terms",
         "64",
     ),

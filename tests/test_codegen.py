@@ -171,6 +171,13 @@ def test_every_kernel_and_form_is_compiled(rungs: list[Entry], arch: str) -> Non
     assert forms == {"resident", "reload", "split"}
 
 
+# Slower on those, not wrong.
+tuned_on_the_pinned_triton = pytest.mark.xfail(
+    LARGEST_CLUSTER == 1, reason="a Triton without clusters keeps rows of 32768 columns in spills"
+)
+
+
+@tuned_on_the_pinned_triton
 @pytest.mark.parametrize("arch", NVIDIA + AMD)
 def test_nothing_spills(rungs: list[Entry], arch: str) -> None:
     check([e for e in rungs if e["arch"] == arch], spill)
@@ -202,6 +209,7 @@ def test_programs_that_the_grid_counts_on_fit(rungs: list[Entry], arch: str) -> 
     )
 
 
+@tuned_on_the_pinned_triton
 @pytest.mark.parametrize("arch", NVIDIA)
 def test_the_grid_counts_on_two_programs_where_two_fit(rungs: list[Entry], arch: str) -> None:
     """One alone waits for its rows: 54 to 82 % of a copy by the model, where two reach it."""
@@ -231,7 +239,8 @@ def test_all_programs_of_a_backward_fit_at_once(rungs: list[Entry], arch: str) -
         return f"{entry['grid']} in {places}" if entry["grid"] > min(places) else ""
 
     counted = [e for e in rungs if e["arch"] == arch and e["counted"] > 0]
-    assert {e["cluster"] for e in counted} >= ({1} if arch == "sm_80" else {1, 4})
+    clusters = {1} if arch == "sm_80" or LARGEST_CLUSTER == 1 else {1, 4}
+    assert {e["cluster"] for e in counted} >= clusters
     assert any(map(several, counted))
 
     def needed(entry: Entry) -> bool:

@@ -143,6 +143,8 @@ def test_a_process_that_hangs_says_where(tmp_path: Path) -> None:
 def test_train_gpt_in_two_processes(tmp_path: Path, way: str) -> None:
     if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
         pytest.skip("torch was built without gloo")
+    if way == "tp" and torch.__version__.startswith("2.10."):
+        pytest.skip("a DTensor of torch 2.10 does not flatten a dimension that is sharded")
     options = f"{TINY} --device cpu --fused --processes 2 --parallel {way}"
     done = run_example(tmp_path, "train_gpt.py", options)
     assert done.returncode == 0, done.stderr

@@ -152,7 +152,7 @@ def allocated(function: Callable[[], Any]) -> int:
     """Return the bytes that torch allocates in a call."""
     function()  # what is made once
     with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
     ) as profile:
         function()
     events = profile.profiler.kineto_results.events()

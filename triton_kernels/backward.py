@@ -60,7 +60,7 @@ class Streams(NamedTuple):
         rstd: [ROWS, 1].
         dx: Pointer to [M, N], or None.
         dresidual: Pointer to [M, N], or None.
-        own: The terms that each row has of its own, or None.
+        own: The terms that each row has of its own; only with OWN_TERMS.
     """
 
     h: Any
@@ -111,6 +111,15 @@ class Sums(NamedTuple):
 
 
 @triton.jit
+def _weighted(values, factors, i, C: tl.constexpr):
+    """Return values times the i-th chunk of the factors, if there are any."""
+    if len(factors) > 0:
+        return values * widen(factors[i], C)
+    else:
+        return values
+
+
+@triton.jit
 def _load_chunk(streams, factors, i, tile, AGAIN: tl.constexpr, C: tl.constexpr):
     """Load a [ROWS, BLOCK_N] chunk, the i-th; return d, e, dz and dz * x_hat.
 
@@ -123,33 +132,29 @@ def _load_chunk(streams, factors, i, tile, AGAIN: tl.constexpr, C: tl.constexpr)
         d -= streams.mean
     dz = load_rows(streams.dz, chunk, C)
     e, dz_x_hat = scaled(streams, dz, d, C)
-    factor = None
-    if len(factors) > 0:
-        factor = widen(factors[i], C)
-    if streams.own is not None:
+    if not C.OWN_TERMS:
+        e = _weighted(e, factors, i, C)
+    else:
         if not AGAIN:
-            _store_modulation(streams.own, factor, tile, chunk, dz, dz_x_hat, C)
-        if streams.own.scale.ptr is not None:
+            _store_modulation(streams.own, factors, i, tile, dz, dz_x_hat, C)
+        if streams.own.scale.ptr is None:
+            e = _weighted(e, factors, i, C)
+        else:
             one_and_scale = 1.0 + load_rows(streams.own.scale, chunk, C)
             dz *= one_and_scale
             dz_x_hat *= one_and_scale
             # In the order of `load_factor`, for the bits of a row that is alone.
-            if factor is not None:
-                one_and_scale *= factor
-            factor = one_and_scale
-    if factor is not None:
-        e *= factor
+            e *= _weighted(one_and_scale, factors, i, C)
     return d, e, dz, dz_x_hat
 
 
 @triton.jit
-def _store_modulation(own, weight, tile, chunk, dz, dz_x_hat, C: tl.constexpr):
-    """Store a chunk of dshift = dz and of dscale = dz * (x_hat * weight + bias)."""
+def _store_modulation(own, weights, i, tile, dz, dz_x_hat, C: tl.constexpr):
+    """Store a chunk, the i-th, of dshift = dz and of dscale = dz * (x_hat * weight + bias)."""
+    chunk = take_chunk(tile, i, C)
     store_rows(own.dshift, tile, chunk, dz, C)
     if own.dscale is not None:
-        dscale = dz_x_hat
-        if weight is not None:
-            dscale *= weight
+        dscale = _weighted(dz_x_hat, weights, i, C)
         if own.bias is not None:
             dscale += dz * widen(load_parameter(own.bias, chunk, C), C)
         store_rows(own.dscale, tile, chunk, dscale, C)
@@ -165,13 +170,13 @@ def _store_chunk(streams, terms, dgate, dh, tile, i, C: tl.constexpr):
     dh = dropped_out(terms.dropout, tile, chunk, dh, C)
     if streams.x.ptr is not None:
         share = dh * load_rows(streams.x, chunk, C)
-        if streams.own is None:
-            dgate += share
-        else:
+        if C.OWN_TERMS:
             store_rows(streams.own.dgate, tile, chunk, share, C)
+        else:
+            dgate += share
     if len(terms.gates) > 0:
         dh *= widen(terms.gates[i], C)
-    if streams.own is not None:
+    if C.OWN_TERMS:
         if streams.own.gate.ptr is not None:
             dh *= load_rows(streams.own.gate, chunk, C)
     store_rows(streams.dx, tile, chunk, dh, C)
@@ -352,7 +357,9 @@ def layer_norm_bwd_kernel(
     FORM "resident" keeps d and e across the row sums, "reload" loads h and dz again, "split"
     works on one column block with row sums that are known already.
     """
-    C: tl.constexpr = constants(N, ROWS, BLOCK_N, CHUNKS, TERM_VECTOR, COMPUTE, None, X_HAT_DTYPE)
+    C: tl.constexpr = constants(
+        N, ROWS, BLOCK_N, CHUNKS, TERM_VECTOR, COMPUTE, None, X_HAT_DTYPE, OWN_TERMS=OWN_TERMS
+    )
     # One axis of the grid holds all programs: the others end at 65535.
     BLOCKS: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N if FORM == "split" else 1
     program = (tl.program_id(0) // BLOCKS).to(tl.int64)

@@ -37,6 +37,7 @@ class Constants:
         H_DTYPE: dtype that h is rounded to; COMPUTE where it is not.
         X_HAT_DTYPE: dtype that x_hat is rounded to; COMPUTE where it is not.
         CORRECTED: Whether the mean of a row is corrected; see `corrects_mean`.
+        OWN_TERMS: Whether each row has a gate, scale and shift of its own.
     """
 
     N: Any
@@ -48,6 +49,7 @@ class Constants:
     H_DTYPE: Any
     X_HAT_DTYPE: Any
     CORRECTED: Any
+    OWN_TERMS: Any
 
 
 @triton.constexpr_function
@@ -61,11 +63,13 @@ def constants(
     H_DTYPE=None,
     X_HAT_DTYPE=None,
     CORRECTED=False,
+    OWN_TERMS=False,
 ):
     """Return `Constants`, made inside of a kernel; nothing is rounded to None."""
     # Shapes and counts of unrolled loops have to be constexprs of their own.
     sizes = map(tl.constexpr, (N, ROWS, BLOCK_N, CHUNKS, TERM_VECTOR))
-    return Constants(*sizes, COMPUTE, H_DTYPE or COMPUTE, X_HAT_DTYPE or COMPUTE, CORRECTED)
+    rounded_to = H_DTYPE or COMPUTE, X_HAT_DTYPE or COMPUTE
+    return Constants(*sizes, COMPUTE, *rounded_to, CORRECTED, OWN_TERMS)
 
 
 @triton.constexpr_function
