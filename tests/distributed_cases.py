@@ -129,7 +129,7 @@ N = 6
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
     """Norm without another term, in the kernels: by itself it would be torch's operator."""
-    with fusednorm.backends.use("cpu"):
+    with fusednorm.backends.use(kernels()):
         return (fusednorm.layer_norm(x, N, weight, bias),)
 
 
@@ -309,7 +309,7 @@ def rule(
 
 
 def _compare(name: str, ours: Tensor, whole: Tensor, tolerance: Any, exact: bool) -> None:
-    if exact:
+    if exact and kernels() == "cpu":  # torch's sums depend on how many rows there are
         assert torch.equal(ours, whole), f"{name}: {(ours - whole).abs().max()}"
     else:
         torch.testing.assert_close(ours, whole, **tolerance, msg=lambda text: f"{name}: {text}")
