@@ -44,6 +44,8 @@ def fuse_multiply_add() -> None:
 
     The product is exact in float64, and the sum is rounded there first, to 29 more bits.
     """
+    if hasattr(interpreter._interpreter, "fma_fp64"):
+        return
     fma = interpreter.InterpreterBuilder.create_fma
 
     def create_fma(self: Any, x: Any, y: Any, z: Any) -> Any:

@@ -252,7 +252,7 @@ struct Part {
 };
 
 // Copies the first `count` of n elements; 0 to the places of the others in `padded`. A loop over
-// the elements takes fifteen times as long as one access under a mask.
+// the elements takes most of the time of a short row; one access under a mask does not.
 template <int n, class T>
 ALWAYS_INLINE void load_first(T (&padded)[n], const T* from, int count) {
 #if defined(__AVX512BW__) && defined(__AVX512VL__)
