@@ -293,7 +293,8 @@ def rule(
     tolerance = {"rtol": 2e-2, "atol": 5e-2} if dtype is torch.bfloat16 else {}
     exact = not {"P", "2"} & set(places["x"] + places["z"])
     for output, want in zip(ours.outputs, whole.outputs, strict=True):
-        assert list(output.placements) == placed(places["z"]), output.placements
+        if kernels() == "cpu" or name not in TORCHS:  # else torch's own rule places it
+            assert list(output.placements) == placed(places["z"]), output.placements
         _compare("output", output.full_tensor(), want, tolerance, exact)
     for key, grad in ours.gradients.items():
         row = key in ("x", "residual")
