@@ -10,6 +10,8 @@ import pytest
 import torch
 from processes import Processes, processes
 
+from fusednorm import backends
+
 if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
     pytest.skip("torch was built without gloo", allow_module_level=True)
 
@@ -59,8 +61,9 @@ def test_sharded_rows(
 ) -> None:
     """Nothing is communicated, and no bit of outputs, dx and dresidual changes."""
     places = {"x": place, "residual": place, "z": place}
-    for ran, *_ in ranks.run("rule", name, mesh, batch, dtype, places):
-        assert ran == ({}, {})
+    for ran, *torchs in ranks.run("rule", name, mesh, batch, dtype, places):
+        # Without kernels a plain norm is torch's own operator, whose rule may gather uneven parts.
+        assert ran == ({}, {}) or (ran in torchs and "cpu" not in backends.available())
 
 
 # An operand that is elsewhere is moved: the function, the places, and where z is.
