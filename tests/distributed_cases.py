@@ -289,8 +289,7 @@ def rule(
         for key, value in operands.items()
     }
     ours = Ran(function, sharded)
-    # A sum of parts is rounded once more than the whole.
-    tolerance = {"rtol": 2e-2, "atol": 5e-2} if dtype is torch.bfloat16 else {}
+    tolerance = of_parts(dtype)
     exact = not {"P", "2"} & set(places["x"] + places["z"])
     for output, want in zip(ours.outputs, whole.outputs, strict=True):
         if kernels() == "cpu" or name not in TORCHS:  # else torch's own rule places it
@@ -307,6 +306,11 @@ def rule(
         with contextlib.suppress(RuntimeError):  # torch 2.10 has no rule for a sharded weight
             ran.append(Ran(TORCHS[name], sharded))
     return [(one.forward, one.backward) for one in ran]
+
+
+def of_parts(dtype: torch.dtype) -> dict[str, float]:
+    """Return the tolerance of a sum of parts, which is rounded once more than the whole."""
+    return {"rtol": 2e-2, "atol": 5e-2} if dtype is torch.bfloat16 else {}
 
 
 def _compare(name: str, ours: Tensor, whole: Tensor, tolerance: Any, exact: bool) -> None:
@@ -480,27 +484,23 @@ def dropout(mesh_name: str, places: str, dtype: torch.dtype) -> None:
 
     whole = Ran(function, operands)
     state = torch.get_rng_state()
-    sharded = (
-        {
-            key: spread(value, mesh, placed("R" if key == "weight" else places))
-            for key, value in operands.items()
-        }
-        if mesh.ndim == 1
-        else {
-            key: spread(value, mesh, placed("R R" if key == "weight" else places))
-            for key, value in operands.items()
-        }
-    )
+    everywhere = " ".join("R" * mesh.ndim)
+    sharded = {
+        key: spread(value, mesh, placed(everywhere if key == "weight" else places))
+        for key, value in operands.items()
+    }
     Ran(function, sharded)  # the first one compares the generators
     ours = Ran(function, sharded)
     assert torch.equal(torch.get_rng_state(), state)
     by_rows = "2" not in places
+    tolerance = {} if kernels() == "cpu" else of_parts(dtype)
     if by_rows:
         assert ours.forward == ours.backward == {}
     for output, want in zip(ours.outputs, whole.outputs, strict=True):
-        _compare("output", output.full_tensor(), want, {}, by_rows)
+        _compare("output", output.full_tensor(), want, tolerance, by_rows)
     for key in ("x", "residual"):
-        _compare(key, ours.gradients[key].full_tensor(), whole.gradients[key], {}, by_rows)
+        gradient = ours.gradients[key].full_tensor()
+        _compare(key, gradient, whole.gradients[key], tolerance, by_rows)
 
 
 def unshared_dropout() -> str:
@@ -557,7 +557,7 @@ def raising(places: str) -> str:
     def step() -> None:
         if dist.get_rank() == 1:
             raise MemoryError("rank 1 has none left")
-        with fusednorm.backends.use("cpu"):
+        with fusednorm.backends.use(kernels()):
             fusednorm.layer_norm(x, 8)
 
     return message(step)
@@ -573,7 +573,7 @@ def backends_of_their_own() -> None:
             spread(value, mesh, placed("R" if key == "weight" else places))
             for key, value in operands.items()
         ]
-        with fusednorm.backends.use(("cpu", "torch")[dist.get_rank() % 2]):
+        with fusednorm.backends.use((kernels(), "torch")[dist.get_rank() % 2]):
             z, h = fusednorm.add_layer_norm(sharded[0], sharded[1], N, sharded[2])
         torch.testing.assert_close(z.full_tensor(), whole[0])
         torch.testing.assert_close(h.full_tensor(), whole[1])
