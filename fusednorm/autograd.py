@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fusednorm import ops, reference
 from fusednorm.backends import Launchers
-from fusednorm.observers import all_plain, operators_watched, transforms_active
+from fusednorm.observers import nobody_looks, transforms_active
 from fusednorm.spec import ByInput, Dtypes, Gradients, Mask, Operands, Saved, Spec
 
 _NO_GRADIENT = ByInput()
@@ -79,25 +79,13 @@ def _gradients(
     launchers: Launchers | None,
 ) -> Gradients:
     shape, eps, rms, dropout_p, _, _, x_hat_dtype = spec
-    if launchers is not None and (launchers.differentiable or _is_unwatched(dz, dh, saved.h)):
+    if launchers is not None and (launchers.differentiable or nobody_looks(dz, dh, saved.h)):
         return launchers.backward(dz, dh, *saved, shape, dropout_p, *dtypes, x_hat_dtype, wanted)
     if transforms_active() or batched(dz) or batched(dh):
         return reference.layer_norm_bwd(dz, dh, saved, spec, dtypes, wanted)
     numbers = (eps, rms, dropout_p)
     grads = ops.layer_norm_bwd(dz, dh, *saved, shape, *numbers, *dtypes, x_hat_dtype, wanted)
     return tuple(grad if want else None for grad, want in zip(grads, wanted, strict=True))
-
-
-def _is_unwatched(dz: Tensor | None, dh: Tensor | None, h: Tensor) -> bool:
-    """Return whether a backward is recorded by nobody and of plain tensors: for the launchers."""
-    return (
-        not torch.is_grad_enabled()
-        and not operators_watched()
-        and not transforms_active()
-        and all_plain(dz, dh, h)
-        and not batched(dz)
-        and not batched(dh)
-    )
 
 
 class LayerNormFunction(torch.autograd.Function):

@@ -762,7 +762,7 @@ def _unchecked(
     Return None for any other, and without the extension: on a small tensor the checks in Python
     would take longer than all else.
     """
-    x, residual, _, weight, bias, *_ = operands
+    x, residual, _, weight, bias, _, _, _ = operands
     if (
         type(eps) is not float
         or torch.compiler.is_compiling()
@@ -790,6 +790,8 @@ def _default_eps(x: Tensor, other: Tensor | None = None) -> float:
 
 
 def _output_dtype(input: Tensor, rms: bool) -> torch.dtype:
+    if input.is_cpu and "cpu" not in AUTOCAST_FLOAT32:
+        return input.dtype  # a device's name takes six times as long
     if (
         input.device.type in AUTOCAST_FLOAT32
         and torch.is_autocast_enabled(input.device.type)

@@ -105,17 +105,12 @@ def _gradients(
     if dz is None:
         return (None,) * _OPERANDS
     saved, spec = GatedSaved._make(ctx.saved_tensors), ctx.spec
-    if observers.transforms_active() or batched(dz):
-        return reference.gated_norm_bwd(dz, saved, spec, wanted)
     shape, group_size, eps, rms, norm_before_gate, _, x_hat_dtype = spec
     options = (norm_before_gate, x_hat_dtype, wanted)
-    if (
-        launchers is not None
-        and not torch.is_grad_enabled()
-        and not observers.operators_watched()
-        and observers.all_plain(dz, saved.x)
-    ):
+    if launchers is not None and observers.nobody_looks(dz, saved.x):
         return launchers.backward(dz, *saved, shape, group_size, *options)
+    if observers.transforms_active() or batched(dz):
+        return reference.gated_norm_bwd(dz, saved, spec, wanted)
     grads = gated_norm_bwd(dz, *saved, shape, group_size, eps, rms, *options)
     return tuple(grad if want else None for grad, want in zip(grads, wanted, strict=True))
 

@@ -27,6 +27,7 @@ USUAL = (
 _UNUSUAL = ~USUAL
 
 
+_included = torch._C._dispatch_tls_local_include_set
 _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 _set_tracing_state: Any = getattr(torch._C, "_set_tracing_state")  # noqa: B009  (torch's stub lacks it)
 
@@ -57,7 +58,22 @@ def operators_watched() -> bool:
     """Return whether a compiler, a tracer or a mode of this thread is to see the operators."""
     if torch.compiler.is_compiling():
         return True
-    return bool(torch._C._dispatch_tls_local_include_set().raw_repr() & _UNUSUAL)
+    return bool(_included().raw_repr() & _UNUSUAL)
+
+
+def nobody_looks(*tensors: Tensor | None) -> bool:
+    """Return whether a backward on these tensors is for the launchers.
+
+    Nobody records it, sees its operators or batches it, and no tensor has rules of its own.
+    Transforms, and the older vmap of `is_grads_batched`, are among what a thread includes.
+    """
+    return (
+        not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and not _included().raw_repr() & _UNUSUAL
+        and forward_ad._current_level < 0
+        and all_plain(*tensors)
+    )
 
 
 def saving_watched() -> bool:
