@@ -79,8 +79,7 @@ class ChannelsForwardCall {
     p.eps = number(a.eps);
     p.compute = dtype_of(a.x) == DType::f64 ? DType::f64 : DType::f32;
     if (flag(a.save_stats)) {
-      const Ref shape(Py_BuildValue("(L)", static_cast<long long>(layout_.rows())));
-      rstd_ = new_empty(a.x, shape, p.compute);
+      rstd_ = new_vector(a.x, layout_.rows(), p.compute);
       if (!p.rms) mean_ = empty_like(rstd_.get(), p.compute);
     }
     z_ = empty_like(a.x, out_dtype);

@@ -44,9 +44,7 @@ void launch(Backward& backward, PyObject* h, void* stream) {
   if (either.data == nullptr) return check(cuda::layer_norm_bwd(p, shares, stream));
 
   p.partial_rows = shares.clusters;
-  const Ref shape(Py_BuildValue("LiL", static_cast<long long>(p.partial_rows), 2,
-                                static_cast<long long>(p.cols)));
-  const Ref partials = new_empty(h, shape, DType::f32);
+  const Ref partials = new_vector(h, p.partial_rows * 2 * p.cols, DType::f32);
   p.partials = static_cast<float*>(address(partials.get()));
   check(cuda::layer_norm_bwd(p, shares, stream));
   const cuda::Finalize finalize{p.partials,

@@ -18,7 +18,7 @@ struct Eager {
   Ref bits = interned("raw_repr");
   Ref is_wrapped = member(member(c, "_functorch"), "is_functorch_wrapped_tensor");
   Ref level = interned("_current_level"), is_cpu = interned("is_cpu"),
-      is_nested = interned("is_nested"), layout = interned("layout"), device = interned("device");
+      is_nested = interned("is_nested"), layout = interned("layout");
   uint64_t usual =
       bits_of(member(Ref(PyImport_ImportModule("fusednorm.observers")), "USUAL").get());
 
@@ -68,10 +68,9 @@ bool is_plain_tensor(PyObject* tensor) {
 // Whether `tensor` is where `other` is; `on_cpu` says whether that is the CPU, of which there is
 // one, and whose tensors are asked nothing more.
 bool is_beside(PyObject* tensor, PyObject* other, bool on_cpu) {
-  const Eager& e = eager();
-  if (has(tensor, e.is_cpu) != on_cpu) return false;
-  return on_cpu ||
-         equal(attribute(tensor, e.device.get()).get(), attribute(other, e.device.get()).get());
+  if (has(tensor, eager().is_cpu) != on_cpu) return false;
+  PyObject* const device = names().device.get();
+  return on_cpu || equal(attribute(tensor, device).get(), attribute(other, device).get());
 }
 
 bool has_dtype(PyObject* tensor) {
@@ -100,13 +99,12 @@ bool has_shape(PyObject* tensor, PyObject* shape) {
 }
 
 bool accepted(const PlainArguments& a) {
-  if (somebody_looks() || a.input == Py_None || !is_plain_tensor(a.input)) return false;
+  if (somebody_looks() || !is_plain_tensor(a.input) || !has_dtype(a.input)) return false;
   const bool on_cpu = has(a.input, eager().is_cpu);
   for (PyObject* tensor : {a.residual, a.weight, a.bias})
-    if (tensor != Py_None && !(is_plain_tensor(tensor) && is_beside(tensor, a.input, on_cpu)))
+    if (tensor != Py_None &&
+        !(is_plain_tensor(tensor) && has_dtype(tensor) && is_beside(tensor, a.input, on_cpu)))
       return false;
-  for (PyObject* tensor : {a.input, a.residual, a.weight, a.bias})
-    if (tensor != Py_None && !has_dtype(tensor)) return false;
   const Ref sizes = attribute(a.input, names().shape.get());
   return ends_with(sizes.get(), a.normalized_shape) && has_shape(a.residual, sizes.get()) &&
          has_shape(a.weight, a.normalized_shape) && has_shape(a.bias, a.normalized_shape) &&

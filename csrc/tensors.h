@@ -12,21 +12,20 @@ namespace fusednorm {
 // What of torch is used, looked up once.
 struct Names {
   Ref torch{PyImport_ImportModule("torch")};
-  Ref empty_like = member(torch, "empty_like");
-  // By DType: the dtype, and the keywords for a tensor, or a contiguous one, of it.
+  Ref empty_like = member(torch, "empty_like"), empty_strided = member(torch, "empty_strided");
+  // By DType: the dtype, and the keywords for a contiguous tensor of it.
   Ref dtypes[5] = {shared(Py_None), member(torch, "float16"), member(torch, "bfloat16"),
                    member(torch, "float32"), member(torch, "float64")};
-  Ref of[5], contiguous_of[5];
+  Ref contiguous_of[5];
   Ref data_ptr = interned("data_ptr"), dtype = interned("dtype"), shape = interned("shape"),
       stride = interned("stride"), numel = interned("numel"), reshape = interned("reshape"),
       is_contiguous = interned("is_contiguous"), contiguous = interned("contiguous"),
-      new_empty = interned("new_empty"), zero = interned("zero_");
+      zero = interned("zero_"), device = interned("device");
 
   Names() {
     const Ref format = member(torch, "contiguous_format");
     for (int i = 1; i < 5; ++i) {
       PyObject* const dtype = dtypes[i].get();
-      of[i] = Ref(Py_BuildValue("{sO}", "dtype", dtype));
       contiguous_of[i] =
           Ref(Py_BuildValue("{sOsO}", "dtype", dtype, "memory_format", format.get()));
     }
@@ -104,11 +103,13 @@ inline Ref empty_like(PyObject* tensor, DType dtype) {
   return Ref(PyObject_Call(function, arguments.get(), names().contiguous_of[int(dtype)].get()));
 }
 
-// Allocates a tensor on the device of another; `shape` is a tuple.
-inline Ref new_empty(PyObject* tensor, const Ref& shape, DType dtype) {
-  const Ref method = attribute(tensor, names().new_empty.get());
-  const Ref arguments(PyTuple_Pack(1, shape.get()));
-  return Ref(PyObject_Call(method.get(), arguments.get(), names().of[int(dtype)].get()));
+// Allocates so many elements on the device of another tensor, whose own new_empty takes longer.
+inline Ref new_vector(PyObject* like, int64_t elements, DType dtype) {
+  const Ref device = attribute(like, names().device.get());
+  const Ref arguments(Py_BuildValue("((L)(i))", static_cast<long long>(elements), 1));
+  const Ref keywords(
+      Py_BuildValue("{sOsO}", "dtype", names().dtypes[int(dtype)].get(), "device", device.get()));
+  return Ref(PyObject_Call(names().empty_strided.get(), arguments.get(), keywords.get()));
 }
 
 // Python's tensors as a call to the kernels has them. What it has to copy lives as long as it does.
@@ -126,7 +127,7 @@ class Layout {
     return fusednorm::empty_like(tensor, dtype);
   }
   static Owned new_vector(Tensor like, int64_t elements, DType dtype) {
-    return new_empty(like, Ref(Py_BuildValue("(L)", static_cast<long long>(elements))), dtype);
+    return fusednorm::new_vector(like, elements, dtype);
   }
 
   // Rows of the shape `normalized_shape`, a tuple, that `tensor` consists of.
