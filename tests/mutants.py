@@ -259,7 +259,7 @@ MUTANTS = (
     # Terms that each row has of its own.
     Mutant(
         "own scale's gradient without the bias",
-        "backward.py",
+        "differentiate.py",
         "dscale += dz * widen(",
         "dscale += 0.0 * widen(",
         OWN,
@@ -267,7 +267,7 @@ MUTANTS = (
     ),
     Mutant(
         "own scale missing from dweight",
-        "backward.py",
+        "differentiate.py",
         "dz_x_hat *= one_and_scale",
         "dz_x_hat *= 1.0",
         OWN,
@@ -275,7 +275,7 @@ MUTANTS = (
     ),
     Mutant(
         "own gate missing from dx",
-        "backward.py",
+        "differentiate.py",
         "dh *= load_rows(streams.own.gate, chunk, C)",
         "dh *= 1.0",
         OWN,
@@ -283,7 +283,7 @@ MUTANTS = (
     ),
     Mutant(
         "own scale multiplied in another order",
-        "backward.py",
+        "differentiate.py",
         "e *= _weighted(one_and_scale, factors, i, C)",
         "e = _weighted(e * one_and_scale, factors, i, C)",
         f"{DETERMINISM}::test_row_with_its_own_terms",
@@ -298,7 +298,7 @@ MUTANTS = (
     ),
     Mutant(
         "x_hat not centred",
-        "backward.py",
+        "differentiate.py",
         "        d -= streams.mean\n",
         "        d -= 0.0\n",
         ACCURACY,
@@ -306,7 +306,7 @@ MUTANTS = (
     ),
     Mutant(
         "dweight from e",
-        "backward.py",
+        "differentiate.py",
         "sums.dz_x_hat[i] + dz_x_hat",
         "sums.dz_x_hat[i] + e * d",
         ACCURACY,
@@ -314,7 +314,7 @@ MUTANTS = (
     ),
     Mutant(
         "dbias from e",
-        "backward.py",
+        "differentiate.py",
         "sums.dz[i] + dz,",
         "sums.dz[i] + e,",
         ACCURACY,
@@ -361,9 +361,9 @@ MUTANTS = (
     ),
     Mutant(
         "second reading takes the first chunk",
-        "backward.py",
-        "_load_chunk(streams, terms.factors, i, tile, True, C)",
-        "_load_chunk(streams, terms.factors, 0, tile, True, C)",
+        "differentiate.py",
+        "load_chunk(streams, terms.factors, i, tile, True, C)",
+        "load_chunk(streams, terms.factors, 0, tile, True, C)",
         ACCURACY,
         "[12288-torch.bfloat16",
     ),
@@ -546,7 +546,7 @@ MUTANTS = (
     # The other terms, backward.
     Mutant(
         "gradient of the stream lost",
-        "backward.py",
+        "differentiate.py",
         "dh += load_rows(streams.dh",
         "dh += 0 * load_rows(streams.dh",
         USES,
@@ -554,7 +554,7 @@ MUTANTS = (
     ),
     Mutant(
         "dx without gate",
-        "backward.py",
+        "differentiate.py",
         "dh *= widen(terms.gates[i], C)",
         "dh *= 1",
         USES,
@@ -578,7 +578,7 @@ MUTANTS = (
     ),
     Mutant(
         "backward drops other elements",
-        "backward.py",
+        "differentiate.py",
         "dropped_out(terms.dropout, tile,",
         "dropped_out(terms.dropout, Tile(tile.rows + 1, tile.end, tile.samples, 0),",
         DROPOUT,
@@ -586,7 +586,7 @@ MUTANTS = (
     ),
     Mutant(
         "dgate of the dropped elements",
-        "backward.py",
+        "differentiate.py",
         "share = dh * load_rows(streams.x",
         "share = load_rows(streams.x",
         USES,

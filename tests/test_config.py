@@ -14,12 +14,12 @@ from fusednorm.triton_kernels.config import (
     MIN_BLOCK_BYTES,
     VECTOR_BYTES,
     Architecture,
-    BackwardConfig,
     RowTile,
     backward_config,
     finalize_tile,
     forward_config,
     partial_rows,
+    share_out,
     vector_elements,
 )
 
@@ -176,7 +176,7 @@ def test_forms_follow_each_other(itemsize: int, arch: Architecture) -> None:
 
 
 @pytest.mark.parametrize("policy", [forward_config, backward_config, finalize_tile])
-def test_only_partial_rows_sees_the_number_of_rows(policy: object) -> None:
+def test_only_sharing_rows_out_sees_their_number(policy: object) -> None:
     """Sums inside a row, and what is compiled, cannot depend on what the policy is not told."""
     assert callable(policy)
     values = {"cols", "itemsize", "arch", "stream_bytes", "gate_gradient", "own_bytes"}
@@ -186,7 +186,7 @@ def test_only_partial_rows_sees_the_number_of_rows(policy: object) -> None:
         for name, function in vars(config).items()
         if inspect.isfunction(function) and "rows" in inspect.signature(function).parameters
     ]
-    assert takes_rows == ["partial_rows"]
+    assert takes_rows == ["partial_rows", "share_out"]
 
 
 @every_itemsize
@@ -308,10 +308,6 @@ def test_clusters_leave_no_partial_wave() -> None:
     assert partial_rows(10**6, 2, 1, config, arch) == arch.clusters(8) == 15
 
 
-def _column_blocks(cols: int, config: BackwardConfig) -> int:
-    return _ceil_div(cols, config.tile.block_n) if config.form == "split" else 1
-
-
 SOME_COLS = (1, 5, 17, 100, 768, 1024, 3000, 4096, 5120, 8192, 8193, 12288, 12289, 32768, 262144)
 
 
@@ -321,7 +317,7 @@ SOME_COLS = (1, 5, 17, 100, 768, 1024, 3000, 4096, 5120, 8192, 8193, 12288, 1228
 def test_partial_rows(cols: int, itemsize: int, arch: Architecture) -> None:
     """Every program has rows, no more run than fit at once, and more rows never mean fewer."""
     backward = backward_config(cols, itemsize, arch, 2 * itemsize)
-    blocks = _column_blocks(cols, backward)
+    blocks = backward.column_blocks(cols)
     tile = backward.tile
     wave = arch.clusters(tile.cluster) * backward.programs_per_processor
     counts = []
@@ -330,9 +326,9 @@ def test_partial_rows(cols: int, itemsize: int, arch: Architecture) -> None:
         counts.append(partials)
         assert 1 <= partials <= _ceil_div(rows, tile.rows), rows
         assert partials * blocks <= max(wave, blocks), rows
-        # As the launcher divides the rows: whole blocks of them for every program.
-        rows_per_program = tile.rows * _ceil_div(_ceil_div(rows, partials), tile.rows)
-        programs = _ceil_div(rows, rows_per_program)
+        programs, rows_per_program = share_out(rows, itemsize, blocks, backward, arch)
+        assert rows_per_program % tile.rows == 0
+        assert programs * rows_per_program >= rows
         assert 1 <= programs <= partials, rows
         assert (programs - 1) * rows_per_program < rows, "the last program has no row"
     assert all(fewer <= more for fewer, more in pairwise(counts))
@@ -344,7 +340,7 @@ def test_samples_and_groups_take_no_second_wave(cols: int, arch: Architecture) -
     """However many there are: a few programs that are left over take as long as all others."""
     for itemsize, shares in itertools.product(ITEMSIZES, (2, 3, 5, 7, 64, 100, 200)):
         backward = backward_config(cols, itemsize, arch, 2 * itemsize)
-        blocks = shares * _column_blocks(cols, backward)
+        blocks = shares * backward.column_blocks(cols)
         wave = arch.clusters(backward.tile.cluster) * backward.programs_per_processor
         for rows in ROWS:
             programs = blocks * partial_rows(rows, itemsize, blocks, backward, arch)
@@ -359,7 +355,7 @@ def test_samples_and_groups_take_no_second_wave(cols: int, arch: Architecture) -
 def test_traffic_of_partials(cols: int, itemsize: int, arch: Architecture) -> None:
     """Partials are under 3 % of the bytes moved once the batch keeps every processor busy."""
     backward = backward_config(cols, itemsize, arch, 2 * itemsize)
-    blocks = _column_blocks(cols, backward)
+    blocks = backward.column_blocks(cols)
     busy = arch.clusters(backward.tile.cluster) * min(2, backward.programs_per_processor)
     for rows in ROWS:
         partials = partial_rows(rows, itemsize, blocks, backward, arch)
@@ -377,7 +373,7 @@ def test_a_small_batch_still_gets_every_processor(itemsize: int, arch: Architect
     """Idle processors, and those whose one program waits for its rows, cost more than partials."""
     for cols in (100, 1024, 4096, 8192):
         backward = backward_config(cols, itemsize, arch, 2 * itemsize)
-        blocks = _column_blocks(cols, backward)
+        blocks = backward.column_blocks(cols)
         programs = arch.processors * min(2, backward.programs_per_processor)
         rows = programs * backward.tile.rows
         partials = partial_rows(rows, itemsize, blocks, backward, arch)

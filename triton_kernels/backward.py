@@ -17,8 +17,6 @@ of dy * x_hat and dy. `README.md` beside this file holds the derivation and the 
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -26,9 +24,10 @@ import triton.language as tl
 from fusednorm.spec import Gradients, Mask, drop_below, rows_and_columns
 
 from . import launch, plans
-from .config import Architecture, RowTile, backward_config, partial_rows
+from .config import Architecture, RowTile, backward_config, share_out
+from .differentiate import RowTerms, Streams, Sums, Terms, load_chunk, take_tile, without_dz
 from .finalize import launch_finalize
-from .gradients import load_column, load_factor, row_factors, scaled, store_partial, through_norm
+from .gradients import load_column, load_factor, row_factors, store_partial
 from .tile import (
     Dropout,
     Rows,
@@ -36,195 +35,11 @@ from .tile import (
     Tile,
     chunk_columns,
     constants,
-    dropped_out,
-    load_parameter,
-    load_rows,
     load_term,
     row_offsets,
-    store_rows,
     take_chunk,
-    widen,
     zeros,
 )
-
-
-class Streams(NamedTuple):
-    """What is read, known and written of a tile's rows.
-
-    Attributes:
-        h: Rows.
-        dz: Rows, absent where z was not used.
-        dh: Rows, absent where h was not used.
-        x: Rows, absent where dgate is not wanted.
-        mean: [ROWS, 1], or None for RMS.
-        rstd: [ROWS, 1].
-        dx: Pointer to [M, N], or None.
-        dresidual: Pointer to [M, N], or None.
-        own: The terms that each row has of its own; only with OWN_TERMS.
-    """
-
-    h: Any
-    dz: Any
-    dh: Any
-    x: Any
-    mean: Any
-    rstd: Any
-    dx: Any
-    dresidual: Any
-    own: Any
-
-
-class RowTerms(NamedTuple):
-    """Gate and scale of which each row has its own, and the gradients of such terms.
-
-    Attributes:
-        gate: Rows, or absent.
-        scale: Rows, or absent.
-        bias: Pointer to [N], or None.
-        dgate: Pointer to [M, N], or None.
-        dscale: Pointer to [M, N], or None.
-        dshift: Pointer to [M, N], or None.
-    """
-
-    gate: Any
-    scale: Any
-    bias: Any
-    dgate: Any
-    dscale: Any
-    dshift: Any
-
-
-class Terms(NamedTuple):
-    """The chunks of weight * (1 + scale) and of the gate, none where there is none, and dropout."""
-
-    factors: Any
-    gates: Any
-    dropout: Any
-
-
-class Sums(NamedTuple):
-    """Each chunk's [ROWS, BLOCK_N] sums of dz * x_hat, of dz, and of dresidual * dropout(x)."""
-
-    dz_x_hat: Any
-    dz: Any
-    dgate: Any
-
-
-@triton.jit
-def _weighted(values, factors, i, C: tl.constexpr):
-    """Return values times the i-th chunk of the factors, if there are any."""
-    if len(factors) > 0:
-        return values * widen(factors[i], C)
-    else:
-        return values
-
-
-@triton.jit
-def _load_chunk(streams, factors, i, tile, AGAIN: tl.constexpr, C: tl.constexpr):
-    """Load a [ROWS, BLOCK_N] chunk, the i-th; return d, e, dz and dz * x_hat.
-
-    Where each row has its own scale, dz is dy.
-    """
-    chunk = take_chunk(tile, i, C)
-    # Where the mask ends, d is arbitrary: it is only ever multiplied by dz or e, which are 0.
-    d = load_rows(streams.h, chunk, C)
-    if streams.mean is not None:
-        d -= streams.mean
-    dz = load_rows(streams.dz, chunk, C)
-    e, dz_x_hat = scaled(streams, dz, d, C)
-    if not C.OWN_TERMS:
-        e = _weighted(e, factors, i, C)
-    else:
-        if not AGAIN:
-            _store_modulation(streams.own, factors, i, tile, dz, dz_x_hat, C)
-        if streams.own.scale.ptr is None:
-            e = _weighted(e, factors, i, C)
-        else:
-            one_and_scale = 1.0 + load_rows(streams.own.scale, chunk, C)
-            dz *= one_and_scale
-            dz_x_hat *= one_and_scale
-            # In the order of `load_factor`, for the bits of a row that is alone.
-            e *= _weighted(one_and_scale, factors, i, C)
-    return d, e, dz, dz_x_hat
-
-
-@triton.jit
-def _store_modulation(own, weights, i, tile, dz, dz_x_hat, C: tl.constexpr):
-    """Store a chunk, the i-th, of dshift = dz and of dscale = dz * (x_hat * weight + bias)."""
-    chunk = take_chunk(tile, i, C)
-    store_rows(own.dshift, tile, chunk, dz, C)
-    if own.dscale is not None:
-        dscale = _weighted(dz_x_hat, weights, i, C)
-        if own.bias is not None:
-            dscale += dz * widen(load_parameter(own.bias, chunk, C), C)
-        store_rows(own.dscale, tile, chunk, dscale, C)
-
-
-@triton.jit
-def _store_chunk(streams, terms, dgate, dh, tile, i, C: tl.constexpr):
-    """Add dh as it came in, store dresidual and dx; return the sum for dgate."""
-    chunk = take_chunk(tile, i, C)
-    if streams.dh.ptr is not None:
-        dh += load_rows(streams.dh, chunk, C)
-    store_rows(streams.dresidual, tile, chunk, dh, C)
-    dh = dropped_out(terms.dropout, tile, chunk, dh, C)
-    if streams.x.ptr is not None:
-        share = dh * load_rows(streams.x, chunk, C)
-        if C.OWN_TERMS:
-            store_rows(streams.own.dgate, tile, chunk, share, C)
-        else:
-            dgate += share
-    if len(terms.gates) > 0:
-        dh *= widen(terms.gates[i], C)
-    if C.OWN_TERMS:
-        if streams.own.gate.ptr is not None:
-            dh *= load_rows(streams.own.gate, chunk, C)
-    store_rows(streams.dx, tile, chunk, dh, C)
-    return dgate
-
-
-@triton.jit
-def _take_tile(streams, terms, sums, tile, c1, c2, AGAIN: tl.constexpr, C: tl.constexpr):
-    """Take a tile, whose c1 and c2 may be known; return the sums with its share added.
-
-    d and e are kept across the row sums or, with AGAIN, loaded and computed once more.
-    """
-    ds = ()
-    es = ()
-    dz_x_hats = ()
-    dzs = ()
-    for i in tl.static_range(C.CHUNKS):
-        d, e, dz, dz_x_hat = _load_chunk(streams, terms.factors, i, tile, False, C)
-        if i == 0:
-            e_d = e * d
-            e_sum = e
-        else:
-            e_d += e * d
-            e_sum += e
-        dz_x_hats += (sums.dz_x_hat[i] + dz_x_hat,)
-        dzs += (sums.dz[i] + dz,)
-        ds += (d,)
-        es += (e,)
-    if c1 is None:
-        c1, c2 = row_factors(streams, e_d, e_sum, C)
-    dgates = ()
-    for i in tl.static_range(C.CHUNKS):
-        if AGAIN:
-            d, e, _, _ = _load_chunk(streams, terms.factors, i, tile, True, C)
-            dh = through_norm(streams, d, e, c1, c2)
-        else:
-            dh = through_norm(streams, ds[i], es[i], c1, c2)
-        dgates += (_store_chunk(streams, terms, sums.dgate[i], dh, tile, i, C),)
-    return Sums(dz_x_hats, dzs, dgates)
-
-
-@triton.jit
-def _without_dz(streams, terms, sums, tile, C: tl.constexpr):
-    """Take a tile whose only gradient is that of h; return the sums with its share added."""
-    dgates = ()
-    for i in tl.static_range(C.CHUNKS):
-        dgates += (_store_chunk(streams, terms, sums.dgate[i], zeros(C), tile, i, C),)
-    return Sums(sums.dz_x_hat, sums.dz, dgates)
 
 
 # No value of M or of a stride may become part of what is compiled.
@@ -282,7 +97,7 @@ def layer_norm_bwd_sums_kernel(
         if weight_ptr is not None or scale_ptr is not None:
             chunk = take_chunk(tile, 0, C)
             factors = (load_factor(weight_ptr, scale, samples, chunk, C),)
-        d, e, _, _ = _load_chunk(streams, factors, 0, tile, False, C)
+        d, e, _, _ = load_chunk(streams, factors, 0, tile, False, C)
         e_d += e * d
         e_sum += e
     c1, c2 = row_factors(streams, e_d, e_sum, C)
@@ -424,9 +239,9 @@ def layer_norm_bwd_kernel(
         if c2_ptr is not None:
             c2 = load_column(c2_ptr, tile)
         if dz_ptr is None:
-            sums = _without_dz(streams, terms, sums, tile, C)
+            sums = without_dz(streams, terms, sums, tile, C)
         else:
-            sums = _take_tile(streams, terms, sums, tile, c1, c2, FORM == "reload", C)
+            sums = take_tile(streams, terms, sums, tile, c1, c2, FORM == "reload", C)
 
     partial = program * N
     for i in tl.static_range(CHUNKS):
@@ -516,14 +331,11 @@ def layer_norm_bwd(
         own_bytes=sum(t.element_size() for t in terms.tensors[:2] if t is not None and own_terms),
     )
     tile = config.tile
-    column_blocks = -(-cols // tile.block_n) if config.form == "split" else 1
     # Programs own rows of one sample each, so that partial rows belong to samples.
     samples = 1 if own_terms else terms.samples
-    shares, sample_rows = column_blocks * samples, rows // samples
-    wanted = partial_rows(sample_rows, h.element_size(), shares, config, arch)
-    rows_per_program = tile.rows * -(-sample_rows // (wanted * tile.rows))
-    programs_per_sample = -(-sample_rows // rows_per_program)
-    programs = programs_per_sample * samples
+    sample_rows, blocks = rows // samples, config.column_blocks(cols)
+    shares = share_out(sample_rows, h.element_size(), blocks * samples, config, arch)
+    programs = shares.programs * samples
 
     def partial(needed: bool) -> torch.Tensor | None:
         return plans.scratch(rstd, programs, cols) if needed else None
@@ -541,7 +353,7 @@ def layer_norm_bwd(
             c1, c2 = _launch_sums(dz_rows, h_rows, mean, rstd, weight, terms, config.sums, arch)
         plans.start(
             layer_norm_bwd_kernel,
-            (programs * column_blocks,),
+            (programs * blocks,),
             dz_rows.tensor,
             dh_rows.tensor,
             h_rows.tensor,
@@ -564,8 +376,7 @@ def layer_norm_bwd(
             *(value for stream in streams for value in (stream.stride, stream.jumps)),
             *terms.strides[:2],
             sample_rows,
-            programs_per_sample,
-            rows_per_program,
+            *shares,
             drop_below(dropout_p),
             1.0 / (1.0 - dropout_p),
             N=cols,

@@ -24,7 +24,7 @@ from .config import (
     RowTile,
     channels_backward_config,
     channels_forward_tile,
-    partial_rows,
+    share_out,
     vector_elements,
 )
 from .finalize import launch_finalize, let_finalize_start
@@ -401,9 +401,8 @@ def layer_norm2d_bwd(
     tile = config.tile
     tiles = -(-positions // tile.rows)
     all_tiles = batch * tiles
-    wanted = partial_rows(all_tiles * tile.rows, x.element_size(), 1, config, arch)
-    tiles_per_program = -(-all_tiles // wanted)
-    programs = -(-all_tiles // tiles_per_program)
+    shares = share_out(all_tiles * tile.rows, x.element_size(), 1, config, arch)
+    programs = shares.programs
     partials = tuple(
         None if gradient is None else plans.scratch(rstd, programs, channels)
         for gradient in (dweight, dbias)
@@ -426,7 +425,7 @@ def layer_norm2d_bwd(
             planes.channel_stride // vector,
             tiles,
             all_tiles,
-            tiles_per_program,
+            shares.rows_per_program // tile.rows,
             N=channels,
             ROWS=tile.rows,
             BLOCK_N=tile.block_n,

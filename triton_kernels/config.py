@@ -1,8 +1,9 @@
 """Launch policy: pure functions from (columns, dtype, architecture) to frozen dataclasses.
 
-Nothing here imports Triton or torch, and nothing but `partial_rows` sees the number of rows: the
-order of every sum inside a row therefore depends on the number of columns and the element size
-alone, which is what makes y and dx batch-invariant, and no change of the batch compiles a kernel.
+Nothing here imports Triton or torch, and nothing but `partial_rows` and `share_out` sees the number
+of rows: the order of every sum inside a row therefore depends on the number of columns and the
+element size alone, which is what makes y and dx batch-invariant, and no change of the batch
+compiles a kernel.
 
 A row is held as CHUNKS tiles of BLOCK_N columns. A thread loads 16 bytes of each tile, so
 BLOCK_N / (16 / itemsize) threads work on one row and each holds CHUNKS * 16 / itemsize elements.
@@ -13,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import NamedTuple
 
 JUMP_ORIGIN = 1 << 60
 """What is added to an element offset of a jump, so that it is always a wide number to a kernel."""
@@ -127,6 +129,17 @@ class BackwardConfig:
     sums: RowTile | None
     num_stages: int
     programs_per_processor: int
+
+    def column_blocks(self, cols: int) -> int:
+        """Return how many programs share a row of `cols` columns."""
+        return -(-cols // self.tile.block_n) if self.form == "split" else 1
+
+
+class Shares(NamedTuple):
+    """The programs that share the rows of a sample, and how many rows each of them takes."""
+
+    programs: int
+    rows_per_program: int
 
 
 @dataclass(frozen=True)
@@ -403,6 +416,16 @@ def partial_rows(
     least = -(-places * min(2, config.programs_per_processor) // shares)
     most = places * config.programs_per_processor // shares
     return max(1, min(steps, most, max(least, cheap)))
+
+
+def share_out(
+    rows: int, itemsize: int, shares: int, config: BackwardConfig, arch: Architecture
+) -> Shares:
+    """Return who takes which rows: whole tiles for each of at most `partial_rows` programs."""
+    step = config.tile.rows
+    most = partial_rows(rows, itemsize, shares, config, arch)
+    rows_per_program = step * -(-rows // (most * step))
+    return Shares(-(-rows // rows_per_program), rows_per_program)
 
 
 MOST_CHANNELS = 2048

@@ -24,7 +24,7 @@ import triton.language as tl
 from fusednorm.spec import compute_dtype, rows_and_columns
 
 from . import launch, plans
-from .config import Architecture, RowTile, backward_config, forward_config, partial_rows
+from .config import Architecture, RowTile, backward_config, forward_config, share_out
 from .finalize import launch_finalize
 from .gradients import load_column, row_factors, scaled, store_partial, through_norm
 from .normalise import Norm, Stream, looped, resident
@@ -527,10 +527,8 @@ def gated_norm_bwd(
         gate_gradient=True,  # as much is kept of a column as with the sums of a gate
     )
     tile = config.tile
-    column_blocks = -(-group_size // tile.block_n) if config.form == "split" else 1
-    wanted = partial_rows(rows, x.element_size(), column_blocks * groups, config, arch)
-    rows_per_program = tile.rows * -(-rows // (wanted * tile.rows))
-    programs = -(-rows // rows_per_program)
+    blocks = groups * config.column_blocks(group_size)
+    programs, rows_per_program = share_out(rows, x.element_size(), blocks, config, arch)
     dy_x_hat = plans.scratch(rstd, programs, cols) if dweight is not None else None
     dy_sum = plans.scratch(rstd, programs, cols) if dbias is not None else None
     constants = {
@@ -548,7 +546,7 @@ def gated_norm_bwd(
             c1, c2 = _launch_sums(streams, mean, rstd, weight, config.sums, arch, constants)
         plans.start(
             gated_norm_bwd_kernel,
-            (programs * groups * column_blocks,),
+            (programs * blocks,),
             *(stream.tensor for stream in streams),
             weight,
             bias if norm_before_gate and dgate is not None else None,
