@@ -65,6 +65,17 @@ def _made_fx(check: Callable[[], Any]) -> None:
     make_fx(lambda x: (check(), x + 1)[1])(torch.ones(2))
 
 
+def _differentiated(check: Callable[[], Any]) -> None:
+    torch.func.grad(lambda x: (check(), x.sum())[1])(torch.ones(2))
+
+
+def _batched(check: Callable[[], Any]) -> None:
+    x = torch.ones(2, requires_grad=True)
+    y = x * 2
+    y.register_hook(lambda grad: check())
+    torch.autograd.grad(y, x, torch.eye(2), is_grads_batched=True)
+
+
 def _within(manager: Callable[[], Any]) -> Callable[[Callable[[], Any]], None]:
     def run(check: Callable[[], Any]) -> None:
         with manager():
@@ -80,6 +91,8 @@ OBSERVERS = {
     "tracer": _traced,
     "make_fx": _made_fx,
     "vmap": _vmapped,
+    "grad": _differentiated,
+    "is_grads_batched": _batched,
     "forward mode": _within(forward_ad.dual_level),
 }
 NOBODY = {
@@ -105,6 +118,32 @@ def test_the_extension_and_python_agree(name: str, run: Callable[..., None]) -> 
 
     run(check)
     assert set(seen) == {(name in OBSERVERS, name in OBSERVERS)}
+
+
+@pytest.mark.parametrize(("name", "run"), [*OBSERVERS.items(), *NOBODY.items()])
+def test_a_backward_that_somebody_sees_is_not_for_the_launchers(
+    name: str, run: Callable[..., None]
+) -> None:
+    """It skips the dispatcher: neither an observer nor a batched gradient may meet it."""
+    seen: list[bool] = []
+
+    def check() -> None:
+        with torch.no_grad():
+            seen.append(observers.nobody_looks(torch.empty(2), None))
+
+    run(check)
+    assert set(seen) == {name in NOBODY}
+
+
+def test_a_backward_that_is_recorded_is_not_for_the_launchers() -> None:
+    """Nor is one of a tensor that has rules of its own."""
+    assert not observers.nobody_looks(torch.empty(2))
+    with torch.no_grad():
+        assert not observers.nobody_looks(None, torch.empty(2).as_subclass(_Subclass))
+
+
+class _Subclass(Tensor):
+    pass
 
 
 # Tracing
