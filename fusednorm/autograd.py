@@ -60,7 +60,7 @@ def _backward(
     grads = _gradients(dz, dh, saved, ctx.spec, dtypes, wanted, launchers)
     if shared:
         dx, _, *rest = grads
-        return (dx if ctx.wanted[0] else None, dx, *rest)
+        return (dx, dx, *rest)  # autograd drops what it does not want
     return grads
 
 

@@ -708,7 +708,9 @@ def inspect(arch: str, work: list[Job]) -> list[dict[str, Any]]:
         entry = {
             **dataclasses.asdict(job),
             "kernel": kernel.metadata.name,
-            "hash": kernel.hash,
+            # Triton's hash is that of the source as well, which came out in two ways in one run
+            # of 3.6.
+            "specialised": repr((kernel.src.signature, kernel.src.constants, kernel.src.attrs)),
             "num_warps": kernel.metadata.num_warps,
             "cluster": kernel.metadata.num_ctas,
             "shared": kernel.metadata.shared,
