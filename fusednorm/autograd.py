@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fusednorm import ops, reference
 from fusednorm.backends import Launchers
-from fusednorm.observers import nobody_looks, transforms_active
+from fusednorm.observers import nobody_looks, transformed
 from fusednorm.spec import ByInput, Dtypes, Gradients, Mask, Operands, Saved, Spec
 
 _NO_GRADIENT = ByInput()
@@ -64,11 +64,6 @@ def _backward(
     return grads
 
 
-def batched(grad: Tensor | None) -> bool:
-    """Return whether `is_grads_batched` has batched it, by the vmap that preceded torch.func."""
-    return grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad)
-
-
 def _gradients(
     dz: Tensor | None,
     dh: Tensor | None,
@@ -81,7 +76,7 @@ def _gradients(
     shape, eps, rms, dropout_p, _, _, x_hat_dtype = spec
     if launchers is not None and (launchers.differentiable or nobody_looks(dz, dh, saved.h)):
         return launchers.backward(dz, dh, *saved, shape, dropout_p, *dtypes, x_hat_dtype, wanted)
-    if transforms_active() or batched(dz) or batched(dh):
+    if transformed(dz, dh):
         return reference.layer_norm_bwd(dz, dh, saved, spec, dtypes, wanted)
     numbers = (eps, rms, dropout_p)
     grads = ops.layer_norm_bwd(dz, dh, *saved, shape, *numbers, *dtypes, x_hat_dtype, wanted)

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from fusednorm import backends, observers, reference, route
-from fusednorm.autograd import batched, differentiated, recorded, register
+from fusednorm.autograd import differentiated, recorded, register
 from fusednorm.backends import Launchers
-from fusednorm.observers import nobody_looks, transforms_active
+from fusednorm.observers import nobody_looks, transformed
 from fusednorm.ops import define, fill
 from fusednorm.spec import ByInput, Call, Operands, Saved, Spec, compute_dtype
 
@@ -174,7 +174,7 @@ def _backward(ctx: Any, dz: Tensor | None, own: Launchers | None) -> Gradients:
     x, mean, rstd, weight, bias = ctx.saved_tensors
     if own is not None and nobody_looks(dz, x):
         return own.backward(dz, x, mean, rstd, weight, bias, ctx.wanted)  # type: ignore[return-value]
-    if transforms_active() or batched(dz):
+    if transformed(dz):
         return _equations_gradients(dz, x, rstd, weight, bias, ctx.eps, ctx.rms, ctx.wanted)
     numbers = ctx.eps, ctx.rms, ctx.wanted
     grads = layer_norm2d_bwd(dz, x, mean, rstd, weight, bias, *numbers)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fusednorm import backends, observers, reference, route
-from fusednorm.autograd import batched, differentiated, recorded, register
+from fusednorm.autograd import differentiated, recorded, register
 from fusednorm.backends import GatedLaunchers
 from fusednorm.ops import define, fill
 from fusednorm.spec import GatedOperands, GatedSaved, GatedSpec, compute_dtype, rows_and_columns
@@ -109,7 +109,7 @@ def _gradients(
     options = (norm_before_gate, x_hat_dtype, wanted)
     if launchers is not None and observers.nobody_looks(dz, saved.x):
         return launchers.backward(dz, *saved, shape, group_size, *options)
-    if observers.transforms_active() or batched(dz):
+    if observers.transformed(dz):
         return reference.gated_norm_bwd(dz, saved, spec, wanted)
     grads = gated_norm_bwd(dz, *saved, shape, group_size, eps, rms, *options)
     return tuple(grad if want else None for grad, want in zip(grads, wanted, strict=True))

@@ -29,12 +29,21 @@ _UNUSUAL = ~USUAL
 
 _included = torch._C._dispatch_tls_local_include_set
 _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+_is_batched = torch._C._functorch.is_legacy_batchedtensor
 _set_tracing_state: Any = getattr(torch._C, "_set_tracing_state")  # noqa: B009  (torch's stub lacks it)
 
 
 def transforms_active() -> bool:
     """Return whether a `torch.func` transform or forward-mode AD is in progress."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def transformed(*grads: Tensor | None) -> bool:
+    """Return whether a backward is for plain torch: a transform, or an older vmap, has its inputs.
+
+    The older vmap is that of `is_grads_batched`, which preceded torch.func.
+    """
+    return transforms_active() or any(grad is not None and _is_batched(grad) for grad in grads)
 
 
 def tracing() -> bool:
